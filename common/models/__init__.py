@@ -1,0 +1,6 @@
+"""Models that several papers need, and the protocol they share."""
+
+from common.models.decoder import Decoder, DecoderConfig
+from common.models.language_model import CausalLM, DecodeCache, LanguageModel
+
+__all__ = ["CausalLM", "DecodeCache", "Decoder", "DecoderConfig", "LanguageModel"]

@@ -1,0 +1,197 @@
+"""Text or tokens in, continuations out: ragged prompts, samplers, per-row stop."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from common.data.tokenizers import Tokenizer
+from common.errors import UserError
+from common.generate.decode import decode, prefill, prefill_more
+from common.generate.sampling import Sampling
+
+Prompt = str | Sequence[int]
+Stop = Sequence[int | str] | int | str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """One continuation.
+
+    Attributes:
+      tokens: the new tokens alone; the stop token, if one came, is the last.
+      text: their text without stop token or stop string; None without a tokenizer.
+      logprobs: log-probability of each token under the model (temperature 1, nothing cut off).
+    """
+
+    tokens: list[int]
+    text: str | None
+    logprobs: list[float]
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop: Stop = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    add_bos: bool = True,
+    max_prompt_tokens: int | None = None,
+    prefill_chunk: int = 2048,
+) -> list[Generation]:
+    """Continues every prompt.
+
+    Each row is computed as if it were alone: padding never reaches a state. The same arguments give
+    the same result; a row's random draws depend on its index and the seed alone.
+
+    Args:
+      model: any `CausalLM`.
+      prompts: strings (need a tokenizer) or lists of token ids, of any mix of lengths.
+      max_new_tokens: N, the most tokens a row may get.
+      temperature, top_k, top_p: see `Sampling`; temperature 0 is greedy.
+      seed: of the random draws.
+      stop: tokens or strings that end a row; None takes the model's `stop_tokens`. A stop string is
+        looked for in the decoded text, across token borders.
+      tokenizer: default the model's own (`model.tokenizer`).
+      add_bos: put the beginning-of-sequence token in front of string prompts.
+      max_prompt_tokens: refuse longer prompts. A model with a `max_length` refuses prompts that
+        leave no room for `max_new_tokens` in any case.
+      prefill_chunk: most prompt tokens read in one call; bounds memory on long prompts.
+
+    Returns:
+      One `Generation` a prompt, in order.
+    """
+    sampling = Sampling(temperature, top_k, top_p)
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if prefill_chunk < 1:
+        raise UserError(f"prefill_chunk must be at least 1, not {prefill_chunk}")
+    if isinstance(prompts, str):
+        raise UserError("prompts must be a list; for one prompt pass [prompt]")
+    if not prompts:
+        return []
+    tokenizer = tokenizer if tokenizer is not None else model.tokenizer
+    rows = [_encode(p, n, tokenizer, add_bos, model.vocab_size) for n, p in enumerate(prompts)]
+    _check_lengths(rows, max_new_tokens, max_prompt_tokens, model.max_length)
+    stop_tokens, stop_strings = _split_stop(stop, model.stop_tokens)
+    if stop_strings and tokenizer is None:
+        raise UserError("stop strings need a tokenizer; pass token ids or load one")
+
+    graphdef, state = nnx.split(model)
+    logits, cache = _prefill(graphdef, state, rows, max_new_tokens, prefill_chunk)
+    tokens, logprobs, lengths = jax.device_get(
+        decode(
+            graphdef,
+            state,
+            logits,
+            cache,
+            jax.random.key(seed),
+            jnp.asarray(sorted(stop_tokens) or [-1], jnp.int32),
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+        )
+    )
+    return [
+        _finish(tokens[r, :n].tolist(), logprobs[r, :n].tolist(), tokenizer, stop_tokens, stop_strings)
+        for r, n in enumerate(lengths[: len(rows)])
+    ]
+
+
+def _encode(
+    prompt: Prompt, index: int, tokenizer: Tokenizer | None, add_bos: bool, vocab_size: int
+) -> list[int]:
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise UserError(
+                "a text prompt needs a tokenizer, and this model came without one; "
+                "pass token ids or tokenizer=…"
+            )
+        ids = ([tokenizer.bos_id] if add_bos else []) + list(tokenizer.encode(prompt))
+    else:
+        ids = [int(token) for token in prompt]
+    if not ids:
+        raise UserError(f"prompt {index} is empty: give at least one token")
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        bad = min(ids) if min(ids) < 0 else max(ids)
+        raise UserError(
+            f"prompt {index} has token {bad}, but the model's vocabulary is 0..{vocab_size - 1}: "
+            "is this the model's tokenizer?"
+        )
+    return ids
+
+
+def _check_lengths(
+    rows: list[list[int]], new: int, max_prompt_tokens: int | None, max_length: int | None
+) -> None:
+    longest = max(range(len(rows)), key=lambda r: len(rows[r]))
+    size = len(rows[longest])
+    if max_prompt_tokens is not None and size > max_prompt_tokens:
+        raise UserError(
+            f"prompt {longest} has {size} tokens, more than the {max_prompt_tokens} allowed"
+        )
+    if max_length is not None and size + new > max_length:
+        raise UserError(
+            f"prompt {longest} has {size} tokens and {new} are to come, "
+            f"more than the model's {max_length}"
+        )
+
+
+def _split_stop(stop: Stop, default: Sequence[int]) -> tuple[set[int], list[str]]:
+    if stop is None:
+        return set(default), []
+    items = [stop] if isinstance(stop, int | str) else list(stop)
+    return {s for s in items if not isinstance(s, str)}, [s for s in items if isinstance(s, str) and s]
+
+
+def _prefill(graphdef, state, rows: list[list[int]], new: int, chunk: int):
+    """Reads the prompts, right-padded to a power of two so that few lengths are ever compiled."""
+    longest = max(len(row) for row in rows)
+    padded = min(_next_power_of_two(longest), -(-longest // chunk) * chunk)
+    tokens = np.zeros((len(rows), padded), np.int32)
+    valid = np.zeros((len(rows), padded), bool)
+    for r, row in enumerate(rows):
+        tokens[r, : len(row)] = row
+        valid[r, : len(row)] = True
+    capacity = _next_power_of_two(longest + new)
+    logits, cache = prefill(
+        graphdef, state, tokens[:, :chunk], valid[:, :chunk], capacity=capacity
+    )
+    for start in range(chunk, padded, chunk):
+        part = slice(start, start + chunk)
+        logits, cache = prefill_more(
+            graphdef, state, tokens[:, part], valid[:, part], cache, logits
+        )
+    return logits, cache
+
+
+def _next_power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _finish(
+    tokens: list[int],
+    logprobs: list[float],
+    tokenizer: Tokenizer | None,
+    stop_tokens: set[int],
+    stop_strings: list[str],
+) -> Generation:
+    if tokenizer is None:
+        return Generation(tokens, None, logprobs)
+    body = tokens[:-1] if tokens and tokens[-1] in stop_tokens else tokens
+    text = tokenizer.decode(body)
+    cuts = [at for at in (text.find(s) for s in stop_strings) if at >= 0]
+    if cuts:
+        text = text[: min(cuts)]
+        # The shortest run of tokens whose text reaches the cut.
+        keep = next(n for n in range(len(body) + 1) if len(tokenizer.decode(body[:n])) >= min(cuts))
+        tokens, logprobs = tokens[:keep], logprobs[:keep]
+    return Generation(tokens, text, logprobs)

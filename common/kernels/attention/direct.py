@@ -1,0 +1,44 @@
+"""Attention with all scores of the call in memory at once; for short sequences."""
+
+import jax
+import jax.numpy as jnp
+
+from common.kernels.attention import tile
+from common.kernels.attention.options import Options, allowed_pairs
+
+_Segments = tuple[jax.Array, jax.Array]
+
+
+def forward(
+    options: Options,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    segments: _Segments | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the output `[B, K, G, T, h]` and the log-sum `[B, K, G, T]`."""
+    allowed = allowed_pairs(options, mask, segments, q.shape[-2], k.shape[-2])
+    scores = tile.masked(tile.raw_scores(options, q, k), allowed)
+    maximum = tile.finite_maximum(scores)
+    weights = jnp.exp(scores - maximum[..., None])
+    total = jnp.sum(weights, axis=-1)
+    weighted = tile.product("bkgts,bksh->bkgth", weights, v)
+    return tile.normalise(total, weighted, q.dtype), tile.log_sum_of(total, maximum)
+
+
+def backward(
+    options: Options,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    segments: _Segments | None,
+    log_sum: jax.Array,
+    delta: jax.Array,
+    d_out: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns `(dq, dk, dv)`."""
+    allowed = allowed_pairs(options, mask, segments, q.shape[-2], k.shape[-2])
+    dq, dk, dv = tile.gradients(options, (q, k, v), allowed, log_sum, delta, d_out)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)

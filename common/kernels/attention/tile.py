@@ -1,0 +1,70 @@
+"""The arithmetic of one tile of attention: scores, and the gradient through them."""
+
+import jax
+import jax.numpy as jnp
+
+from common.kernels.attention.options import Options
+
+
+def product(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    """Einsum with a float32 result; both operands enter in the dtype of `right`.
+
+    16-bit operands with a 32-bit result are the fast case of every matrix unit, CPUs included.
+    """
+    return jnp.einsum(spec, left.astype(right.dtype), right, preferred_element_type=jnp.float32)
+
+
+def raw_scores(options: Options, q: jax.Array, k: jax.Array) -> jax.Array:
+    """Returns the scores `[B, K, G, t, s]` in float32, soft-capped but not masked."""
+    scores = options.scale * product("bkgth,bksh->bkgts", q, k)
+    if options.softcap is None:
+        return scores
+    return options.softcap * jnp.tanh(scores / options.softcap)
+
+
+def masked(scores: jax.Array, allowed: jax.Array | None) -> jax.Array:
+    """Puts minus infinity where a pair is not allowed."""
+    return scores if allowed is None else jnp.where(allowed, scores, -jnp.inf)
+
+
+def finite_maximum(scores: jax.Array) -> jax.Array:
+    """Returns the maximum over keys, 0 for rows in which nothing is allowed."""
+    maximum = jnp.max(scores, axis=-1)
+    return jnp.where(jnp.isneginf(maximum), 0.0, maximum)
+
+
+def normalise(total: jax.Array, weighted: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Divides the weighted values `[.., t, h]` by their total weight `[.., t]`; 0 / 0 is 0."""
+    total = jnp.where(total == 0.0, 1.0, total)
+    return (weighted / total[..., None]).astype(dtype)
+
+
+def log_sum_of(total: jax.Array, maximum: jax.Array) -> jax.Array:
+    """Returns the log of the softmax's denominator; infinity for rows with nothing allowed.
+
+    With infinity, `exp(score - log_sum)` is 0 in such rows, and so are all their gradients.
+    """
+    empty = total == 0.0
+    return jnp.where(empty, jnp.inf, maximum + jnp.log(jnp.where(empty, 1.0, total)))
+
+
+def gradients(
+    options: Options,
+    operands: tuple[jax.Array, jax.Array, jax.Array],
+    allowed: jax.Array | None,
+    log_sum: jax.Array,
+    delta: jax.Array,
+    d_out: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the tile's share of `(dq, dk, dv)` in float32."""
+    q, k, v = operands
+    capped = raw_scores(options, q, k)
+    weights = jnp.exp(masked(capped, allowed) - log_sum[..., None])
+    dv = product("bkgts,bkgth->bksh", weights, d_out.astype(v.dtype))
+    d_weights = product("bkgth,bksh->bkgts", d_out, v)
+    d_scores = options.scale * weights * (d_weights - delta[..., None])
+    if options.softcap is not None:
+        d_scores *= 1.0 - jnp.square(capped / options.softcap)
+    dq = product("bkgts,bksh->bkgth", d_scores, k)
+    dk = product("bkgts,bkgth->bksh", d_scores, q)
+    return dq, dk, dv

@@ -1,0 +1,284 @@
+"""The language model every package shares: embedding, a scanned pattern of blocks, tied head, cached decoding.
+
+A model is a repeating unit of residual blocks ("recurrent, recurrent, attention", or one attention
+block). The unit is stacked and scanned; what does not fill a whole unit follows unrolled. A family
+such as Griffin or Gemma differs only in the blocks it builds.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from common.nn.embed import Embedding
+from common.nn.layout import TokenLayout, chunk_layout, end_of_chunk, sequence_layout
+from common.nn.norms import RMSNorm
+from common.nn.stack import remat, stack
+from common.sharding import shard
+
+
+class Block(Protocol):
+    """A residual block: mixes over time, then over channels."""
+
+    def __call__(self, x: jax.Array, layout: TokenLayout, state: Any) -> tuple[jax.Array, Any]: ...
+
+    def init_state(self, batch: int, capacity: int | None) -> Any: ...
+
+
+BuildBlock = Callable[[nnx.Rngs], nnx.Module]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeCache:
+    """Everything decoding carries, as a pytree that can be saved, copied and forked.
+
+    Attributes:
+      cached: `[B]` int32 position of each row's next token.
+      first: `[B]` int32 first position seen of the current document.
+      units: states of the stacked unit's blocks, leaves `[units, B, ...]`; None without units.
+      rest: states of the blocks behind the stack, leaves `[B, ...]`.
+    """
+
+    cached: jax.Array
+    first: jax.Array
+    units: Any
+    rest: Any
+
+
+@runtime_checkable
+class CausalLM(Protocol):
+    """What generation, editing, steering and speculative decoding need of a language model."""
+
+    vocab_size: int
+    max_length: int | None
+    tokenizer: Any
+    stop_tokens: tuple[int, ...]
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array: ...
+
+    def init_cache(self, batch_size: int, max_length: int | None = None) -> DecodeCache: ...
+
+    def extend(
+        self,
+        tokens: jax.Array,
+        cache: DecodeCache,
+        positions: jax.Array | None = None,
+        valid: jax.Array | None = None,
+    ) -> tuple[jax.Array, DecodeCache]: ...
+
+
+class Unit(nnx.Module):
+    """The blocks of one repetition of the pattern."""
+
+    def __init__(self, pattern: Sequence[BuildBlock], *, rngs: nnx.Rngs):
+        self.blocks = nnx.List([build(rngs) for build in pattern])
+
+    def __call__(
+        self, x: jax.Array, layout: TokenLayout, states: Sequence[Any]
+    ) -> tuple[jax.Array, tuple[Any, ...]]:
+        new_states = []
+        for block, state in zip(self.blocks, states, strict=True):
+            x, state = block(x, layout, state)
+            x = shard(x, "batch", "seq", None)
+            new_states.append(state)
+        return x, tuple(new_states)
+
+    def init_states(self, batch: int, capacity: int | None) -> tuple[Any, ...]:
+        return tuple(block.init_state(batch, capacity) for block in self.blocks)
+
+
+class LanguageModel(nnx.Module):
+    """Causal language model over a repeating pattern of blocks.
+
+    Args:
+      vocab_size: V.
+      width: D.
+      pattern: builders of the repeating unit's blocks.
+      num_layers: total number of blocks; the pattern is repeated and cut off there.
+      scale_embedding: multiply embeddings by sqrt(D) (rounded to bf16, as Gemma does).
+      logits_softcap: cap c of `c tanh(logits / c)`, or None.
+      norm_epsilon: epsilon of the final norm.
+      max_length: longest document the model may see, or None if there is no limit.
+      remat_policy: what the backward pass recomputes ("none", "full", "dots").
+      dtype: compute dtype.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        width: int,
+        pattern: Sequence[BuildBlock],
+        num_layers: int,
+        scale_embedding: bool,
+        logits_softcap: float | None,
+        norm_epsilon: float = 1e-6,
+        zero_centred_norm: bool = True,
+        max_length: int | None = None,
+        remat_policy: str = "none",
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.embed = Embedding(
+            vocab_size, width, scale_by_sqrt_width=scale_embedding, dtype=dtype, rngs=rngs
+        )
+        depth, remainder = divmod(num_layers, len(pattern))
+        self.units = stack(lambda r: Unit(pattern, rngs=r), depth, rngs) if depth else None
+        self.rest = Unit(pattern[:remainder], rngs=rngs) if remainder else None
+        self.final_norm = RMSNorm(
+            width, epsilon=norm_epsilon, zero_centred=zero_centred_norm, rngs=rngs
+        )
+        self.logits_softcap = logits_softcap
+        self.vocab_size, self.width = vocab_size, width
+        self.num_layers, self.num_units, self.unit_size = num_layers, depth, len(pattern)
+        self.max_length = max_length
+        # Set by whoever loads a model; generation falls back on them.
+        self.tokenizer: Any = None
+        self.stop_tokens: tuple[int, ...] = ()
+        self.remat_policy = remat_policy
+        self.dtype = jnp.dtype(dtype)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits of whole sequences.
+
+        Args:
+          tokens: `[B, L]` int32.
+          positions: `[B, L]` int32 position inside each document; a 0 starts a document. Left
+            padding has position -1.
+          segment_ids: `[B, L]` int32, different for the documents packed in a row.
+
+        Returns:
+          `[B, L, V]` fp32.
+        """
+        return self.logits(self.hidden(tokens, positions, segment_ids))
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """`[B, L] -> [B, L, D]`: the normalised features that the head reads."""
+        x, _ = self._run(tokens, sequence_layout(tokens, positions, segment_ids), None)
+        return x
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """`[..., D] -> [..., V]` fp32, capped where the model caps."""
+        logits = self.embed.decode(hidden)
+        if self.logits_softcap is None:
+            return logits
+        return self.logits_softcap * jnp.tanh(logits / self.logits_softcap)
+
+    def init_cache(self, batch_size: int, max_length: int | None = None) -> DecodeCache:
+        """An empty cache for `batch_size` documents of at most `max_length` tokens (None: any)."""
+        capacity = max_length if max_length is not None else self.max_length
+        units = None
+        if self.units is not None:
+            one = self.units.init_states(batch_size, capacity)
+            units = jax.tree.map(
+                lambda leaf: jnp.zeros((self.num_units, *leaf.shape), leaf.dtype), one
+            )
+        rest = None if self.rest is None else self.rest.init_states(batch_size, capacity)
+        count = jnp.zeros((batch_size,), jnp.int32)
+        return DecodeCache(count, count, units, rest)
+
+    def prefill(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        valid: jax.Array | None = None,
+        *,
+        max_length: int | None = None,
+        last_only: bool = False,
+    ) -> tuple[jax.Array, DecodeCache]:
+        """`extend` from an empty cache."""
+        cache = self.init_cache(tokens.shape[0], max_length)
+        return self._extend(tokens, cache, positions, valid, last_only=last_only, fresh=True)
+
+    def extend(
+        self,
+        tokens: jax.Array,
+        cache: DecodeCache,
+        positions: jax.Array | None = None,
+        valid: jax.Array | None = None,
+        *,
+        last_only: bool = False,
+    ) -> tuple[jax.Array, DecodeCache]:
+        """Reads on: a prefill chunk of any size, or one token.
+
+        Args:
+          tokens: `[B, T]` int32.
+          cache: what came before.
+          positions: `[B, T]`; None counts on from the cache. A 0 starts a new document.
+          valid: `[B, T]` bool, False for padding at the left or the right end of a row; padding
+            leaves the row's state as it was.
+          last_only: return the logits of each row's last real token alone, `[B, V]`.
+
+        Returns:
+          Logits `[B, T, V]` fp32 (those of padding mean nothing) and the new cache.
+        """
+        return self._extend(tokens, cache, positions, valid, last_only=last_only, fresh=False)
+
+    def _extend(self, tokens, cache, positions, valid, *, last_only: bool, fresh: bool):
+        lengths = shift = None
+        if valid is not None:
+            # Left padding becomes right padding, so that a layer meets one kind only.
+            valid = jnp.broadcast_to(valid, tokens.shape)
+            lengths = valid.sum(axis=1, dtype=jnp.int32)
+            shift = jnp.argmax(valid, axis=1)
+            tokens = _rotate(tokens, shift)
+            if positions is not None:
+                positions = _rotate(jnp.broadcast_to(positions, tokens.shape), shift)
+        layout = chunk_layout(tokens, cache.cached, cache.first, positions, lengths, fresh=fresh)
+        x, (units, rest) = self._run(tokens, layout, cache)
+        cached, first = end_of_chunk(layout)
+        new_cache = DecodeCache(cached, first, units, rest)
+        if last_only:
+            last = jnp.full_like(cached, tokens.shape[1] - 1) if lengths is None else lengths - 1
+            x = jnp.take_along_axis(x, jnp.clip(last, 0)[:, None, None], axis=1)[:, 0]
+            return self.logits(x), new_cache
+        if shift is not None:
+            x = _rotate(x, -shift)
+        return self.logits(x), new_cache
+
+    def _run(
+        self, tokens: jax.Array, layout: TokenLayout, cache: DecodeCache | None
+    ) -> tuple[jax.Array, tuple[Any, Any]]:
+        """Embeds, applies every block and the final norm; also the blocks' new states."""
+        x = shard(self.embed.encode(tokens), "batch", "seq", None)
+        units = rest = None
+        if self.units is not None:
+            none = (None,) * self.unit_size
+
+            def body(x, unit_and_states):
+                unit, states = unit_and_states
+                return unit(x, layout, states)
+
+            states = none if cache is None else cache.units
+            x, units = jax.lax.scan(remat(body, self.remat_policy), x, (self.units, states))
+        if self.rest is not None:
+            states = (None,) * len(self.rest.blocks) if cache is None else cache.rest
+            tail = remat(lambda x, rest: rest(x, layout, states), self.remat_policy)
+            x, rest = tail(x, self.rest)
+        return self.final_norm(x), (units, rest)
+
+
+def _rotate(x: jax.Array, shift: jax.Array) -> jax.Array:
+    """Rotates each row of `[B, T, ...]` to the left by `shift [B]`."""
+    length = x.shape[1]
+    index = (jnp.arange(length)[None] + shift[:, None]) % length
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)

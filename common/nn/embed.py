@@ -1,0 +1,38 @@
+"""Token embedding tied to the output head."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from common.nn.linear import product
+from common.nn.param import param
+from common.sharding import shard
+
+
+class Embedding(nnx.Module):
+    """`table [V, D]`: rows on the way in, the same rows as output head on the way out."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        width: int,
+        *,
+        scale_by_sqrt_width: bool = False,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        init = jax.nn.initializers.normal(width**-0.5)
+        self.table = param(rngs, init, (vocab_size, width), ("vocab", "embed"))
+        self.dtype = jnp.dtype(dtype)
+        # Gemma's factor is rounded to bfloat16 whatever the compute dtype: sqrt(2560) becomes 50.5.
+        factor = jnp.bfloat16(width**0.5) if scale_by_sqrt_width else 1.0
+        self.factor = float(factor)
+
+    def encode(self, tokens: jax.Array) -> jax.Array:
+        """`[B, L] int -> [B, L, D]` in the compute dtype."""
+        x = jnp.take(self.table[...], tokens, axis=0).astype(self.dtype)
+        return x if self.factor == 1.0 else x * jnp.asarray(self.factor, self.dtype)
+
+    def decode(self, x: jax.Array) -> jax.Array:
+        """`[B, L, D] -> [B, L, V]` logits in fp32."""
+        return shard(product(x, self.table[...].T, self.dtype), "batch", "seq", "vocab")

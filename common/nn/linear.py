@@ -1,0 +1,83 @@
+"""Dense and block-diagonal linear maps with fp32 accumulation."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from common.nn.param import Axes, Initializer, fan_in_normal, param, zeros
+
+
+def product(x: jax.Array, kernel: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """`x [..., D] @ kernel [D, ...]` with operands in `dtype` and an fp32 sum; returns fp32.
+
+    Asking for the fp32 result keeps the accumulator visible to what is fused behind it, and on CPUs
+    with bf16 units it is several times faster than a bf16 result.
+    """
+    return jax.lax.dot_general(
+        x.astype(dtype),
+        kernel.astype(dtype),
+        (((x.ndim - 1,), (0,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+
+
+class Linear(nnx.Module):
+    """`y = x W + b` with `kernel [in, out]`, optional `bias [out]`, computed in `dtype`."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        axes: Axes,
+        use_bias: bool = False,
+        init: Initializer | None = None,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = param(rngs, init or fan_in_normal(), (in_features, out_features), axes)
+        self.bias = param(rngs, zeros, (out_features,), (axes[-1],)) if use_bias else None
+        self.dtype = jnp.dtype(dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., in] -> [..., out]` in the compute dtype."""
+        y = product(x, self.kernel[...], self.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(jnp.float32)
+        return y.astype(self.dtype)
+
+
+class BlockDiagonalLinear(nnx.Module):
+    """H independent maps of width E/H: `y[h] = x[h] w[h] + b[h]` (Griffin, section 2.4).
+
+    `w [H, E/H, E/H]` is stored (block, in, out); `b [H, E/H]`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_blocks: int,
+        *,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if width % num_blocks:
+            raise ValueError(f"width {width} is not a multiple of {num_blocks} gate blocks")
+        block = width // num_blocks
+        self.num_blocks = num_blocks
+        init = fan_in_normal(batch_axis=(0,))
+        self.w = param(rngs, init, (num_blocks, block, block), ("lru", None, None))
+        self.b = param(rngs, zeros, (num_blocks, block), ("lru", None))
+        self.dtype = jnp.dtype(dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., E] -> [..., E]`, returned in fp32 for the gates that follow."""
+        blocks = x.reshape(*x.shape[:-1], self.num_blocks, -1).astype(self.dtype)
+        y = jnp.einsum(
+            "...hi,hij->...hj",
+            blocks,
+            self.w[...].astype(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        y = y + self.b[...].astype(jnp.float32)
+        return y.reshape(x.shape)

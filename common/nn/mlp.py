@@ -1,0 +1,59 @@
+"""Gated feed-forward layer (GeGLU, SwiGLU)."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from common.nn.linear import Linear, product
+from common.nn.param import Initializer, fan_in_normal, param, zeros
+from common.sharding import shard
+
+
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """The tanh approximation of GELU, as Gemma and Griffin use it."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+class GatedMLP(nnx.Module):
+    """`y = (activation(x W[:, 0] + b[0]) * (x W[:, 1] + b[1])) W_down + b_down` (Griffin, section 2.2).
+
+    Both halves of the way up are one `kernel [D, 2, F]`, so that they are one matrix product and F
+    can still be divided among devices. Index 0 is the gate.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        *,
+        activation: Callable[[jax.Array], jax.Array] = gelu_tanh,
+        use_bias: bool = False,
+        down_init: Initializer | None = None,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        # Fan-in is D alone: the axis of size 2 is a batch of maps, not an input.
+        init = fan_in_normal(in_axis=0, batch_axis=(1,))
+        self.up = param(rngs, init, (width, 2, hidden), ("embed", None, "mlp"))
+        self.up_bias = param(rngs, zeros, (2, hidden), (None, "mlp")) if use_bias else None
+        self.down = Linear(
+            hidden,
+            width,
+            axes=("mlp", "embed"),
+            use_bias=use_bias,
+            init=down_init,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.activation = activation
+        self.dtype = jnp.dtype(dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, T, D] -> [B, T, D]`."""
+        both = product(x, self.up[...], self.dtype)  # [B, T, 2, F] fp32
+        if self.up_bias is not None:
+            both = both + self.up_bias[...].astype(jnp.float32)
+        hidden = (self.activation(both[..., 0, :]) * both[..., 1, :]).astype(self.dtype)
+        return self.down(shard(hidden, "batch", "seq", "mlp"))

@@ -1,0 +1,34 @@
+"""Homogeneous depth: one module whose parameters carry a leading layer axis, applied by a scan."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+REMAT_POLICIES = ("none", "full", "dots")
+
+
+def stack(build: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
+    """Builds `depth` independent copies as one module whose leaves have a leading axis `[depth, ...]`."""
+    return nnx.vmap(build)(rngs.split(depth))
+
+
+def remat(body: Callable[..., Any], policy: str) -> Callable[..., Any]:
+    """Wraps a layer so that its backward pass recomputes what `policy` does not keep.
+
+    Args:
+      body: function of arrays and modules.
+      policy: "none" keeps every residual, "full" keeps the inputs alone, "dots" keeps the results of
+        matrix products with parameters and recomputes the cheap rest.
+    """
+    if policy == "none":
+        return body
+    policies = {
+        "full": jax.checkpoint_policies.nothing_saveable,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    }
+    if policy not in policies:
+        raise ValueError(f"unknown remat policy {policy!r}; one of {REMAT_POLICIES}")
+    # Inside a scan the loop itself keeps XLA from merging the two passes.
+    return jax.checkpoint(body, policy=policies[policy], prevent_cse=False)

@@ -1,0 +1,89 @@
+"""The device mesh: its four named axes and how their sizes come from a config.
+
+`data` repeats the model and may cross slow links, `fsdp` shards parameters over the batch's
+devices, `tensor` splits single matrices, `context` splits long sequences. An axis of size 1 costs
+nothing, so every program carries all four.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from common.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor", "context")
+BATCH_AXES = ("data", "fsdp")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; at most one may be -1, which takes the devices that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    context: int = 1
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        return (self.data, self.fsdp, self.tensor, self.context)
+
+
+def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns the mesh of `config` over `devices` (all devices of all processes if None).
+
+    Devices of several TPU slices are laid out so that only `data` crosses from slice to slice.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = _resolve(config or MeshConfig(), len(devices))
+    slices = len({_slice_index(d) for d in devices})
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    if slices == 1:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+    if shape[0] % slices:
+        raise UserError(
+            f"mesh axis data={shape[0]} must be a multiple of the {slices} slices: only data may "
+            "cross from slice to slice"
+        )
+    from jax.experimental import mesh_utils
+
+    within = (shape[0] // slices, *shape[1:])
+    grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1, 1), devices=devices)
+    return Mesh(np.asarray(grid), MESH_AXES, axis_types=types)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of input arrays [B, ...]: rows over `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Returns into how many parts the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def _resolve(config: MeshConfig, count: int) -> tuple[int, ...]:
+    sizes = config.sizes
+    given = ", ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes))
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise UserError(f"mesh sizes must be positive, at most one of them -1; got {given}")
+    known = math.prod(size for size in sizes if size != -1)
+    shape = tuple(count // known if size == -1 else size for size in sizes)
+    if math.prod(shape) != count:
+        raise UserError(
+            f"mesh {given} does not fit {count} device(s): "
+            + ("they do not divide evenly" if -1 in sizes else f"the sizes multiply to {known}")
+        )
+    return shape
+
+
+def _slice_index(device: jax.Device) -> int:
+    # Only TPU devices that know of several slices carry the attribute.
+    return getattr(device, "slice_index", 0) or 0
