@@ -29,21 +29,14 @@ EXAMPLES = (
 )
 
 OPTIONS = flags.FlagValues()
-PACKAGE = flags.DEFINE_string(
-    "package", None, "the package of the model", required=True, flag_values=OPTIONS
-)
-FROM = flags.DEFINE_string(
-    "from", None, "the checkpoint to read", required=True, flag_values=OPTIONS
-)
-TO = flags.DEFINE_string(
-    "to", None, "the folder to write, new or empty", required=True, flag_values=OPTIONS
-)
-FORMAT = flags.DEFINE_enum(
-    "format", None, FORMATS, "the format to write", required=True, flag_values=OPTIONS
-)
+PACKAGE = flags.DEFINE_string("package", None, "the package of the model", flag_values=OPTIONS)
+FROM = flags.DEFINE_string("from", None, "the checkpoint to read", flag_values=OPTIONS)
+TO = flags.DEFINE_string("to", None, "the folder to write, new or empty", flag_values=OPTIONS)
+FORMAT = flags.DEFINE_enum("format", None, FORMATS, "the format to write", flag_values=OPTIONS)
 DTYPE = flags.DEFINE_enum(
     "dtype", None, DTYPES, "of the written parameters; theirs by default", flag_values=OPTIONS
 )
+NEEDED = (PACKAGE, FROM, TO, FORMAT)
 
 _LOG = logging.getLogger(__name__)
 
@@ -120,6 +113,9 @@ def _check_destination(destination: Path) -> None:
 
 
 def _main(run: Run) -> None:
+    missing = [f"--{holder.name}" for holder in NEEDED if not holder.value]
+    if missing:
+        raise UserError(f"{', '.join(missing)} missing: --help shows examples")
     started = time.monotonic()
     destination = Path(TO.value).expanduser()
     _LOG.info("reading %s", FROM.value)

@@ -32,12 +32,17 @@ class GriffinConfig:
       num_heads: N query heads, and the number of blocks of the recurrence gates.
       lru_width: E.
       num_layers: number of residual blocks; `pattern` is repeated and cut off there.
+      num_kv_heads: K key and value heads of the attention blocks; 1 in every released model.
       pattern: temporal mixer of each block of the repeating unit.
       attention_window: W. A query sees W earlier keys and its own, as the released weights were
         trained.
       window_counts_self: count the query's own key among the W, as the transformers library does.
       scale_embedding: multiply embeddings by sqrt(D) (RecurrentGemma does, Griffin does not).
       logits_softcap: cap of the logits, or None.
+      rope_base: wavelength base of the rotary positions.
+      rope_fraction: share of each head that is rotated.
+      conv_taps: width of the temporal convolution.
+      norm_epsilon: epsilon of every RMSNorm.
       dtype: compute dtype; parameters and recurrent state stay fp32.
       remat: what the backward pass recomputes: "none", "full" or "dots".
       reference_precision: compute the recurrence gates in `dtype` too, as the published code does.
@@ -49,11 +54,16 @@ class GriffinConfig:
     num_heads: int
     lru_width: int
     num_layers: int
+    num_kv_heads: int = 1
     pattern: tuple[Mixer, ...] = GRIFFIN_PATTERN
     attention_window: int = 2048
     window_counts_self: bool = False
     scale_embedding: bool = True
     logits_softcap: float | None = 30.0
+    rope_base: float = 10_000.0
+    rope_fraction: float = 0.5
+    conv_taps: int = 4
+    norm_epsilon: float = 1e-6
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "full", "dots"] = "none"
     reference_precision: bool = False
@@ -67,10 +77,19 @@ class GriffinConfig:
                 f"model.width ({self.width}) and model.lru_width ({self.lru_width}) must be "
                 f"multiples of model.num_heads ({self.num_heads})"
             )
-        if self.head_dim % 4:
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise UserError(
-                f"model.width / model.num_heads is {self.head_dim}; rotary positions need a multiple of 4"
+                f"model.num_heads ({self.num_heads}) must be a multiple of "
+                f"model.num_kv_heads ({self.num_kv_heads})"
             )
+        rotated = self.head_dim * self.rope_fraction
+        if rotated % 2 or not 0 < rotated <= self.head_dim:
+            raise UserError(
+                f"model.rope_fraction ({self.rope_fraction}) of the head dimension "
+                f"({self.head_dim}) must be an even number of dimensions"
+            )
+        if self.conv_taps < 2:
+            raise UserError("model.conv_taps must be at least 2")
         if not self.pattern or set(self.pattern) - {"recurrent", "attention"}:
             raise UserError(f"model.pattern must name 'recurrent' or 'attention': {self.pattern}")
         if self.attention_window < 1:
@@ -93,8 +112,9 @@ class GriffinConfig:
         """Exact parameter count (embedding and head are one)."""
         d, f, e, h = self.width, self.mlp_width, self.lru_width, self.num_heads
         shared = 2 * d + 3 * d * f + 2 * f + d
-        recurrent = 3 * d * e + 2 * e + d + 5 * e + e + 2 * (e * e // h + e)
-        local = 2 * d * d + 2 * d * self.head_dim + d
+        conv = (self.conv_taps + 1) * e
+        recurrent = 3 * d * e + 2 * e + d + conv + e + 2 * (e * e // h + e)
+        local = 2 * d * d + 2 * d * self.num_kv_heads * self.head_dim + d
         mixers = self.mixers()
         count = mixers.count("recurrent") * recurrent + mixers.count("attention") * local
         return self.vocab_size * d + d + self.num_layers * shared + count
@@ -106,13 +126,14 @@ class ResidualBlock(nnx.Module):
     def __init__(self, config: GriffinConfig, mixer: Mixer, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.dtype)
         narrow = fan_in_normal(2.0 / config.num_layers)
-        self.temporal_pre_norm = RMSNorm(config.width, rngs=rngs)
+        self.temporal_pre_norm = RMSNorm(config.width, epsilon=config.norm_epsilon, rngs=rngs)
         self.mixer: RecurrentBlock | Attention
         if mixer == "recurrent":
             self.mixer = RecurrentBlock(
                 config.width,
                 config.lru_width,
                 config.num_heads,
+                conv_taps=config.conv_taps,
                 out_init=narrow,
                 dtype=dtype,
                 reference_precision=config.reference_precision,
@@ -122,16 +143,17 @@ class ResidualBlock(nnx.Module):
             self.mixer = Attention(
                 config.width,
                 num_heads=config.num_heads,
-                num_kv_heads=1,
+                num_kv_heads=config.num_kv_heads,
                 head_dim=config.head_dim,
                 window=config.window_keys,
-                rope_fraction=0.5,
+                rope_base=config.rope_base,
+                rope_fraction=config.rope_fraction,
                 out_bias=True,
                 out_init=narrow,
                 dtype=dtype,
                 rngs=rngs,
             )
-        self.channel_pre_norm = RMSNorm(config.width, rngs=rngs)
+        self.channel_pre_norm = RMSNorm(config.width, epsilon=config.norm_epsilon, rngs=rngs)
         self.mlp = GatedMLP(
             config.width, config.mlp_width, use_bias=True, down_init=narrow, dtype=dtype, rngs=rngs
         )
@@ -169,6 +191,7 @@ class Griffin(LanguageModel):
             num_layers=config.num_layers,
             scale_embedding=config.scale_embedding,
             logits_softcap=config.logits_softcap,
+            norm_epsilon=config.norm_epsilon,
             remat_policy=config.remat,
             dtype=jnp.dtype(config.dtype),
             rngs=rngs,

@@ -1,6 +1,4 @@
-"""Checkpoints: safe readers of foreign formats, key maps both ways, and the workspace's own store."""
-
-from typing import TYPE_CHECKING, Any
+"""Checkpoints: safe readers of foreign formats, key maps both ways, the workspace's own store."""
 
 from common.checkpoint.folder import open_checkpoint as open_checkpoint
 from common.checkpoint.folder import open_huggingface as open_huggingface

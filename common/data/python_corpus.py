@@ -69,8 +69,8 @@ class PythonCorpus(DocumentSource):
         if entry.kind == "topic":
             return self._topics[entry.name]
         try:
-            data = (self._root / entry.name).read_bytes()
-            return data.decode() if entry.kind == "source" else docstrings(data, entry.name)
+            text = (self._root / entry.name).read_bytes().decode()
+            return text if entry.kind == "source" else docstrings(text, entry.name)
         except OSError as error:
             raise self.damaged(index, error.strerror) from error
         # What the parser may say of a file that is no Python; UnicodeDecodeError is a ValueError.
@@ -98,7 +98,7 @@ class PythonCorpus(DocumentSource):
         return digest(*parts, *(self._topics[name] for name in sorted(self._topics)))
 
 
-def docstrings(source: bytes, name: str) -> str:
+def docstrings(source: str, name: str) -> str:
     """Renders the public docstrings of a module under their signatures, as `help` would.
 
     Returns:

@@ -53,7 +53,8 @@ def _array_record_reader(path: str) -> Any:
     try:
         # Random access: the default reads ahead of records nobody asked for.
         reader = array_record_module.ArrayRecordReader(path, "readahead_buffer_size:0")
-        reader.num_records()
+        if not reader.ok():
+            reader.read([0])  # Raises what went wrong at opening; `num_records` would say 0.
     except RuntimeError as error:
         raise UserError(f"'{path}' is not a whole array_record file: {_line(error)}") from error
     return reader
@@ -75,8 +76,7 @@ class PreparedTfds(DocumentSource):
             raise UserError(f"'{path}' is no prepared tfds dataset: {_line(error)}") from error
         self._check(builder, path, field, subset)
         try:
-            decoders = tfds.decode.PartialDecoding({field: True})
-            self._data = builder.as_data_source(split=subset, decoders=decoders)
+            self._data = builder.as_data_source(split=subset)
             self._length = len(self._data)
         except (NotImplementedError, RuntimeError, ValueError, OSError) as error:
             raise UserError(f"tfds dataset '{path}' cannot be read: {_line(error)}") from error

@@ -1,9 +1,11 @@
 """A pseudo-random permutation of `range(size)` that is computed, not stored.
 
-A Feistel network over the next power of four, walked until the value falls inside
-the range. Any slice of the order costs only its own length, whatever the epoch or the process, and
-the order does not depend on the version of NumPy as `Generator.permutation` may.
+A Feistel network over a grid of rows and columns that just holds the range. Any slice of the order
+costs only its own length, whatever the epoch or the process, and the order does not depend on the
+version of NumPy as `Generator.permutation` may.
 """
+
+import math
 
 import numpy as np
 
@@ -31,23 +33,22 @@ def permute(indices: np.ndarray, size: int, seed: int) -> np.ndarray:
     """
     if size <= 1:
         return np.zeros_like(indices)
-    half_bits = ((size - 1).bit_length() + 1) // 2
-    mask = np.uint64((1 << half_bits) - 1)
+    rows = math.isqrt(size - 1) + 1
+    columns = -(-size // rows)
     seeds = np.array([(seed * _ROUNDS + r) % 2**64 for r in range(_ROUNDS)], np.uint64)
     round_keys = mix(mix(seeds))
-    values = np.array(indices, np.uint64)
-    outside = np.ones(len(values), bool)
-    while outside.any():
-        moved = _feistel(values[outside], round_keys, np.uint64(half_bits), mask)
-        values[outside] = moved
-        outside[outside] = moved >= np.uint64(size)
+    values = _rounds(np.array(indices, np.uint64), rows, columns, round_keys)
+    # The last few places of the grid are none of the range: walk on from there until inside.
+    while (outside := values >= np.uint64(size)).any():
+        values[outside] = _rounds(values[outside], rows, columns, round_keys)
     return values.astype(np.int64)
 
 
-def _feistel(
-    values: np.ndarray, round_keys: np.ndarray, half_bits: np.uint64, mask: np.uint64
-) -> np.ndarray:
-    left, right = values >> half_bits, values & mask
-    for key in round_keys:
-        left, right = right, left ^ (mix(right ^ key) & mask)
-    return (left << half_bits) | right
+def _rounds(values: np.ndarray, rows: int, columns: int, round_keys: np.ndarray) -> np.ndarray:
+    """One pass over the grid: each coordinate in turn is moved by a hash of the other."""
+    height, width = np.uint64(rows), np.uint64(columns)
+    row, column = values // width, values % width
+    for key_row, key_column in round_keys.reshape(-1, 2):
+        row = (row + mix(column ^ key_row) % height) % height
+        column = (column + mix(row ^ key_column) % width) % width
+    return row * width + column

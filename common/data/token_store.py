@@ -27,7 +27,7 @@ from common.data.tokenizers import Tokenizer
 from common.errors import UserError
 
 _FORMAT = 1
-_BATCH_CHARACTERS = 4_000_000
+_BATCH_CHARACTERS = 1_000_000
 log = logging.getLogger(__name__)
 
 

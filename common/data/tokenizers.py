@@ -166,7 +166,7 @@ class SentencePieceTokenizer:
         return ids
 
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[list[int]]:
-        threads = threads or min(len(os.sched_getaffinity(0)), 16)
+        threads = threads or min(os.cpu_count() or 1, 16)
         plain = [index for index, text in enumerate(texts) if _SPACE not in text]
         for text in texts:
             _utf8(text)
@@ -237,9 +237,10 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         file = file / "tokenizer.model"
     try:
         data = file.read_bytes()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read the tokenizer '{file}': {reason}") from error
+    except OSError as error:
+        raise UserError(f"cannot read the tokenizer '{file}': {error.strerror}") from error
+    except ValueError as error:  # A null character in the path.
+        raise UserError(f"cannot read the tokenizer {str(file)!r}: {error}") from error
     if data.startswith(b"{"):
         try:
             header = json.loads(data)

@@ -67,7 +67,7 @@ def decode(
     *,
     sampling: Sampling,
     max_new_tokens: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> LoopState:
     """Emits up to `max_new_tokens` tokens a row.
 
     Args:
@@ -79,7 +79,7 @@ def decode(
       sampling, max_new_tokens: static.
 
     Returns:
-      tokens `[B, N]`, logprobs `[B, N]`, lengths `[B]`.
+      The loop's last state. It holds the cache so that the donated buffers are written in place.
     """
     batch = logits.shape[0]
     row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
@@ -123,4 +123,4 @@ def decode(
     loop = jax.lax.while_loop(going, body, loop)
     # The last token is drawn outside: nobody needs the logits behind it.
     _, loop = emit(loop)
-    return loop.tokens, loop.logprobs, loop.lengths
+    return loop

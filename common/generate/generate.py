@@ -88,18 +88,17 @@ def generate(
 
     graphdef, state = nnx.split(model)
     logits, cache = _prefill(graphdef, state, rows, max_new_tokens, prefill_chunk)
-    tokens, logprobs, lengths = jax.device_get(
-        decode(
-            graphdef,
-            state,
-            logits,
-            cache,
-            jax.random.key(seed),
-            jnp.asarray(sorted(stop_tokens) or [-1], jnp.int32),
-            sampling=sampling,
-            max_new_tokens=max_new_tokens,
-        )
+    loop = decode(
+        graphdef,
+        state,
+        logits,
+        cache,
+        jax.random.key(seed),
+        jnp.asarray(sorted(stop_tokens) or [-1], jnp.int32),
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
     )
+    tokens, logprobs, lengths = jax.device_get((loop.tokens, loop.logprobs, loop.lengths))
     return [
         _finish(tokens[r, :n].tolist(), logprobs[r, :n].tolist(), tokenizer, stop_tokens, stop_strings)
         for r, n in enumerate(lengths[: len(rows)])

@@ -201,11 +201,16 @@ def _parse(application: Application, arguments: list[str]) -> absl_flags.FlagVal
     except absl_flags.Error as error:
         if every["help"].value:
             return every  # A flag that is required is not when help is asked for.
-        raise UserError(str(error)) from error
+        raise UserError(_missing_flag(own) or str(error)) from error
     if rest:
         raise UserError(f"unexpected argument '{rest[0]}' (flags are written --name=value)")
     own.mark_as_parsed()
     return every
+
+
+def _missing_flag(own: absl_flags.FlagValues) -> str | None:
+    missing = [name for name in own if own[name].value is None and own[name].required]
+    return f"--{missing[0]} is missing ({own[missing[0]].help})" if missing else None
 
 
 def _define_shared(application: Application, every: absl_flags.FlagValues) -> None:

@@ -1,9 +1,9 @@
 """Line plots for reports, drawn without a display."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Okabe and Ito's colours, which people of all colour vision tell apart; yellow left out.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -53,20 +53,14 @@ class Figure:
     caption: str = ""
 
 
-def line_from_metrics(path: Path, key: str, label: str | None = None) -> Line:
-    """Reads the curve of `key` over `step` from a `metrics.jsonl`.
+def line_from_metrics(
+    rows: Iterable[Mapping[str, Any]], key: str, label: str | None = None
+) -> Line:
+    """Takes the curve of `key` over `step` from the rows of a `metrics.jsonl`.
 
-    A resumed run writes some steps again: the last value of a step counts. A line cut short by a
-    kill can only be the last of its process and is left out.
+    A resumed run writes some steps again: the last value of a step counts.
     """
-    values: dict[float, float] = {}
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(text)
-        except ValueError:
-            continue
-        if row.get(key) is not None:
-            values[row["step"]] = row[key]
+    values = {row["step"]: row[key] for row in rows if row.get(key) is not None}
     steps = sorted(values)
     return Line(label or key, steps, [values[step] for step in steps])
 

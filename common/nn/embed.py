@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from common.nn.linear import product
@@ -25,7 +26,7 @@ class Embedding(nnx.Module):
         self.table = param(rngs, init, (vocab_size, width), ("vocab", "embed"))
         self.dtype = jnp.dtype(dtype)
         # Gemma's factor is rounded to bfloat16 whatever the compute dtype: sqrt(2560) becomes 50.5.
-        factor = jnp.bfloat16(width**0.5) if scale_by_sqrt_width else 1.0
+        factor = np.asarray(width**0.5, jnp.bfloat16) if scale_by_sqrt_width else 1.0
         self.factor = float(factor)
 
     def encode(self, tokens: jax.Array) -> jax.Array:

@@ -186,6 +186,7 @@ class RecurrentBlock(nnx.Module):
         lru_width: int,
         num_gate_blocks: int,
         *,
+        conv_taps: int = 4,
         out_init: Initializer | None = None,
         dtype: jax.typing.DTypeLike = jnp.float32,
         reference_precision: bool = False,
@@ -194,7 +195,7 @@ class RecurrentBlock(nnx.Module):
         inward = {"axes": ("embed", "lru"), "use_bias": True, "dtype": dtype, "rngs": rngs}
         self.linear_x = Linear(width, lru_width, **inward)
         self.linear_y = Linear(width, lru_width, **inward)
-        self.conv = CausalConv1D(lru_width, dtype=dtype, rngs=rngs)
+        self.conv = CausalConv1D(lru_width, taps=conv_taps, dtype=dtype, rngs=rngs)
         self.rg_lru = RGLRU(
             lru_width,
             num_gate_blocks,

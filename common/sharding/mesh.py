@@ -33,7 +33,9 @@ class MeshConfig:
         return (self.data, self.fsdp, self.tensor, self.context)
 
 
-def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """Returns the mesh of `config` over `devices` (all devices of all processes if None).
 
     Devices of several TPU slices are laid out so that only `data` crosses from slice to slice.

@@ -1,5 +1,8 @@
 """Numbers of the published JAX implementation, fp32 (specification, appendix B)."""
 
+import dataclasses
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,9 @@ import pytest
 from flax import nnx
 
 from common import generate
-from recurrentgemma.convert import RELEASE_PREFIX, release_rows
+from common.checkpoint import load_tensors
+from common.checkpoint.reader import ArrayTensors
+from recurrentgemma.convert import release_rows
 from recurrentgemma.model import Griffin, GriffinConfig
 
 pytestmark = pytest.mark.usefixtures("highest_precision")
@@ -68,17 +73,13 @@ def release_tree() -> dict[str, np.ndarray]:
 
 def build(window: int = 4) -> Griffin:
     """The golden model, filled through the key map of the original release."""
-    import dataclasses
-
-    from common.checkpoint import ArrayReader, load_tensors
-
     config = dataclasses.replace(CONFIG, attention_window=window)
     model = Griffin(config, rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(model)
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), nnx.to_pure_dict(state)
     )
-    reader = ArrayReader({RELEASE_PREFIX + name: leaf for name, leaf in release_tree().items()})
+    reader = ArrayTensors(Path("release"), release_tree())
     nnx.replace_by_pure_dict(state, load_tensors(reader, release_rows(config), abstract))
     return nnx.merge(graphdef, state)
 
@@ -86,6 +87,11 @@ def build(window: int = 4) -> Griffin:
 @pytest.fixture(scope="module")
 def model() -> Griffin:
     return build()
+
+
+@jax.jit
+def jitted(model: Griffin, *arguments: jax.Array) -> jax.Array:
+    return model(*arguments)
 
 
 def nll(model: Griffin, tokens: jax.Array) -> jax.Array:
@@ -99,7 +105,7 @@ def near(actual, expected, tolerance=2e-5):
 
 
 def test_logits(model):
-    logits = model(TOKENS)
+    logits = jitted(model, TOKENS)
     near(logits[0, 0, :4], [3.30071, 2.95839, 2.23061, 1.20923])
     near(logits[0, 9, :4], [2.69426, 1.78860, 0.64619, -0.58238])
     near(logits[1, 9, -4:], [-0.63872, -1.81272, -2.74655, -3.32061])
@@ -108,26 +114,26 @@ def test_logits(model):
         [17, 11, 29, 31, 33, 31, 28, 30, 32, 33],
         [17, 27, 30, 30, 11, 30, 15, 10, 12, 14],
     ]
-    near(nll(model, TOKENS), 5.232863)
+    near(jax.jit(nll)(model, TOKENS), 5.232863)
 
 
 def test_packed_positions(model):
     positions = jnp.array([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3]] * 2)
-    logits = model(TOKENS, positions)
+    logits = jitted(model, TOKENS, positions)
     near(logits[0, 9, :4], [2.33232, 1.29174, 0.07943, -1.14350])
     near(logits[1, 9, -4:], [-0.56613, -1.74894, -2.69990, -3.29697])
     near(jnp.abs(logits).mean(), 2.187496)
 
 
 def test_wide_window():
-    logits = build(window=64)(TOKENS)
+    logits = jitted(build(window=64), TOKENS)
     near(logits[0, 9, :4], [2.51885, 1.54105, 0.35877, -0.87139])
     near(logits[1, 9, -4:], [-0.47788, -1.67059, -2.64168, -3.26624])
     near(jnp.abs(logits).mean(), 2.183399)
 
 
 def test_states_after_prefill(model):
-    _, cache = model.prefill(TOKENS)
+    _, cache = jax.jit(lambda m, t: m.prefill(t))(model, TOKENS)
     recurrent, _, attention = cache.units
     near(recurrent.h[0, 0, :4], [-0.23034, -0.18466, -0.13204, -0.06996])
     near(recurrent.conv[0, 0, :, 0], [-0.07795, 0.33048, 0.30306])
@@ -150,7 +156,7 @@ def test_gradient_norms(model):
         nnx.replace_by_pure_dict(state, pure)
         return nll(nnx.merge(graphdef, state), TOKENS)
 
-    grads = jax.grad(loss)(pure)
+    grads = jax.jit(jax.grad(loss))(pure)
     block = grads["units"]["blocks"]
     norm = jnp.linalg.norm
     near(norm(block[0]["mixer"]["rg_lru"]["a_param"][0]), 0.00121431, 1e-7)

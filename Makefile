@@ -1,0 +1,79 @@
+# Sets up, runs and checks the workspace. Needs only Python 3.11 or newer and pip.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PYTEST := $(BIN)/python -m pytest -q
+CONSTRAINTS = -c requirements/constraints-$(shell $(BIN)/python -c \
+	'import sys; print("3.11" if sys.version_info < (3, 12) else "3.12")').txt
+DEMO   ?= runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test parity compile bench lint clean
+
+help: ## show this
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+	@echo
+	@echo "  PYTHON=python3.12 chooses the interpreter, VENV=.venv the environment."
+
+# Benchmarks that are commands; what they share has a name with a leading underscore.
+BENCHMARKS = $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
+
+# Each stamp says that an extra is installed in $(VENV) as pyproject.toml and the constraints ask.
+SOURCES := pyproject.toml $(wildcard requirements/constraints-*.txt)
+
+# pip is the last thing that a new environment gets: without it the environment is incomplete.
+$(BIN)/pip:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: $(SOURCES) | $(BIN)/pip
+	@echo "installing the workspace into $(VENV)"
+	@$(PIP) -e . $(CONSTRAINTS)
+	@touch $@
+
+$(VENV)/.test: $(SOURCES) | $(BIN)/pip
+	@echo "installing the workspace and what its tests need into $(VENV)"
+	@$(PIP) -e '.[test,lint]' $(CONSTRAINTS)
+	@touch $@ $(VENV)/.core
+
+# torch first and alone, so that nothing after it asks for another version.
+$(VENV)/.parity: $(VENV)/.test
+	@echo "installing the reference libraries into $(VENV)"
+	@$(PIP) torch==2.13.0 $(CONSTRAINTS)
+	@$(PIP) -e '.[test,parity]' $(CONSTRAINTS)
+	@touch $@
+
+$(VENV)/.compile: $(VENV)/.test
+	@echo "installing the accelerators' compilers into $(VENV)"
+	@$(PIP) -e '.[test,compile]' $(CONSTRAINTS)
+	@touch $@
+
+venv: $(VENV)/.test ## create .venv with the workspace, test and lint tools
+
+demo: $(VENV)/.core ## train, interrupt, resume and sample a small RecurrentGemma (minutes)
+	@PYTHON=$(BIN)/python DEMO=$(DEMO) bash scripts/demo.sh
+
+test: $(VENV)/.test ## all tests but parity, compile, gpu and slow
+	$(PYTEST) -m "not parity and not compile and not gpu and not slow" $(ARGS)
+
+parity: $(VENV)/.parity ## against torch and transformers, both directions
+	$(PYTEST) -m parity $(ARGS)
+
+compile: $(VENV)/.compile ## kernels and train steps ahead of time for TPU and H100
+	@code=0; $(PYTEST) -m compile $(ARGS) || code=$$?; \
+	if [ $$code -eq 5 ]; then echo "no ahead-of-time test exists yet"; else exit $$code; fi
+
+bench: $(VENV)/.parity ## side by side with the public implementations; see benchmarks/README.md
+	@set -e; for file in $(BENCHMARKS); do \
+		echo "=== $$file"; $(BIN)/python -m $$(echo $${file%.py} | tr / .) $(ARGS); done
+
+lint: $(VENV)/.test ## ruff (rules and format), mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## remove caches; the environment and runs/ stay
+	rm -rf .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

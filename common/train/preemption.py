@@ -1,0 +1,48 @@
+"""Noticing that the run shall stop, at the same step in every process."""
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class Preemption:
+    """A context in which SIGTERM and SIGINT ask for a save instead of ending the process.
+
+    In a run of several processes JAX's own preemption service catches SIGTERM, and makes all
+    processes agree on the step. A second signal ends the process at once.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: dict[signal.Signals, Any] = {}
+        self._distributed = jax.distributed.is_initialized()
+
+    def __enter__(self) -> "Preemption":
+        # Python takes signals in the main thread alone.
+        if not self._distributed and threading.current_thread() is threading.main_thread():
+            for number in self.SIGNALS:
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def reached(self, step: int) -> bool:
+        """Returns whether to stop after `step`; to be called once a step, by every process."""
+        if self._distributed:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._asked
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            self.__exit__()
+            signal.raise_signal(number)
+        self._asked = True

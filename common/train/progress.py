@@ -1,0 +1,85 @@
+"""What a person sees while a run goes on: a bar on a terminal, lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+LINE_SECONDS = 10.0  # Between lines where there is no terminal.
+
+
+class Progress:
+    """Shows step, loss, rate, time left and, on accelerators, MFU."""
+
+    def __init__(self, step: int, steps: int, *, active: bool = True):
+        self._active = active
+        self._steps = steps
+        self._first = step
+        self._start = time.perf_counter()
+        self._printed = 0.0
+        self._bar: Any = None
+        if active and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True)
+
+    def update(self, step: int, values: Mapping[str, float | int], *, force: bool = False) -> None:
+        """Shows the numbers of a step; lines appear every few seconds, or when forced."""
+        if not self._active:
+            return
+        if self._bar is not None:
+            self._bar.set_postfix_str(_summary(values), refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        now = time.perf_counter()
+        if not force and now - self._printed < LINE_SECONDS:
+            return
+        self._printed = now
+        left = (now - self._start) / max(1, step - self._first) * (self._steps - step)
+        self._print(f"step {step}/{self._steps}  {_summary(values)}  {_duration(left)} left")
+
+    def say(self, text: str) -> None:
+        """Prints a line without tearing the bar."""
+        if self._active:
+            self._print(text)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _print(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
+
+
+def _summary(values: Mapping[str, float | int]) -> str:
+    parts = [f"loss {values['loss']:.4f}"]
+    parts += [
+        f"{name.removeprefix('eval/')} {value:.4f}"
+        for name, value in values.items()
+        if name.startswith("eval/") and name.endswith("/loss")
+    ]
+    if "perf/steps_per_second" in values:
+        rate = values["perf/steps_per_second"]
+        parts.append(f"{rate:.3g} steps/s")
+        parts.append(f"{_thousands(values['perf/weight_per_second'])} tokens/s")
+    if "perf/mfu" in values:
+        parts.append(f"MFU {values['perf/mfu']:.1%}")
+    return "  ".join(parts)
+
+
+def _thousands(value: float) -> str:
+    for unit in ("", "k", "M", "G"):
+        if value < 1000 or unit == "G":
+            break
+        value /= 1000
+    return f"{value:.3g}{unit}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,51 @@
+"""Learning-rate schedules: a linear warm-up, then one of four courses to the last step."""
+
+import math
+
+import optax
+
+from common.errors import UserError, nearest
+
+SCHEDULES = ("cosine", "linear", "constant", "wsd")
+
+
+def make_schedule(
+    name: str,
+    peak: float,
+    steps: int,
+    warmup_steps: int = 0,
+    final_fraction: float = 0.1,
+    decay_fraction: float = 0.2,
+) -> optax.Schedule:
+    """Returns the learning rate as a function of the updates made before.
+
+    Args:
+      name: `cosine`, `linear`, `constant`, or `wsd` (warm up, stay, decay linearly at the end).
+      peak: the rate after warm-up.
+      steps: length of the run in updates.
+      warmup_steps: updates of linear rise; update i of them uses `peak · (i + 1) / warmup_steps`.
+      final_fraction: the last rate as a fraction of the peak (not used by `constant`).
+      decay_fraction: part of the run that `wsd` spends on its decay.
+
+    Raises:
+      UserError: unknown name, or warm-up longer than the run.
+    """
+    if name not in SCHEDULES:
+        raise UserError(f"unknown schedule '{name}'{nearest(name, SCHEDULES)}")
+    if warmup_steps > steps:
+        raise UserError(f"warm-up of {warmup_steps} steps is longer than the run of {steps}")
+    final = peak * final_fraction
+    rest = max(1, steps - warmup_steps)
+    if name == "cosine":
+        course = optax.cosine_decay_schedule(peak, rest, alpha=final_fraction)
+    elif name == "linear":
+        course = optax.linear_schedule(peak, final, rest)
+    elif name == "constant":
+        course = optax.constant_schedule(peak)
+    else:
+        decay = min(rest, max(1, math.ceil(steps * decay_fraction)))
+        course = optax.linear_schedule(peak, final, decay, transition_begin=rest - decay)
+    if not warmup_steps:
+        return course
+    warmup = optax.linear_schedule(peak / warmup_steps, peak, max(1, warmup_steps - 1))
+    return optax.join_schedules([warmup, course], [warmup_steps])

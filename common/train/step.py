@@ -1,0 +1,192 @@
+"""One optimizer step: gradients over micro-batches, clipping, update, non-finite guard."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from common.sharding import BATCH_AXES, batch_sharding, use_mesh
+from common.train.state import ModelParts, TrainState, shardings_of
+from common.train.task import Batch, Loss, PureDict
+
+Metrics = dict[str, jax.Array]
+StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    parts: ModelParts,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    mesh: Mesh,
+    abstract: TrainState,
+    *,
+    seed: int = 0,
+    accumulation: int = 1,
+    log_param_norm: bool = False,
+) -> Any:
+    """Returns the compiled-on-call step `(state, batch) -> (state, metrics)`; donates the state.
+
+    The batch's rows are split into `accumulation` strided micro-batches, whose summed losses and
+    gradients are added in fp32 and divided once by the total weight. Randomness comes from the
+    seed and `state.step` alone. Where loss or gradient norm is not finite, the update is left out
+    exactly (parameters, moments, statistics and the schedule's position stay) and counted, but the
+    batch is spent: `step` goes on.
+
+    Args:
+      parts: the model's static part.
+      optimizer: as `make_optimizer` gives it, over the trained parameters.
+      schedule: its learning rate, for the metrics.
+      mesh: where to run.
+      abstract: as `abstract_train_state` gives it.
+      seed: of the run.
+      accumulation: number of micro-batches.
+      log_param_norm: also report the global norm of the parameters.
+    """
+    shardings = shardings_of(abstract)
+    grad_shardings = parts.split_trained(shardings.params)[0]
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        trained, frozen = parts.split_trained(state.params)
+        loss, grads, rest = _gradients(
+            parts, trained, frozen, state.rest, batch, key, accumulation, mesh, grad_shardings
+        )
+        weight = jnp.where(loss.weight == 0, 1.0, loss.weight)
+        mean = loss.total / weight
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(mean) & jnp.isfinite(grad_norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        params = parts.join(optax.apply_updates(trained, updates), frozen)
+        params, extra = parts.task.after_update(params, state.extra, state.step + 1)
+        proposed = (params, opt_state, rest, extra)
+        current = (state.params, state.opt_state, state.rest, state.extra)
+        params, opt_state, rest, extra = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), proposed, current
+        )
+        skipped = state.skipped + jnp.where(finite, 0, 1)
+        in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
+        metrics = {
+            "loss": mean,
+            "grad_norm": grad_norm,
+            "learning_rate": jnp.asarray(schedule(state.step - state.skipped), jnp.float32),
+            "weight": loss.weight,
+            "skipped": skipped,
+            "skipped_in_a_row": in_a_row,
+            **{name: value / weight for name, value in loss.metrics.items()},
+        }
+        if log_param_norm:
+            metrics["param_norm"] = optax.tree.norm(params)
+        new = TrainState(state.step + 1, params, opt_state, rest, extra, skipped, in_a_row)
+        return new, metrics
+
+    return _with_mesh(
+        jax.jit(
+            step,
+            donate_argnums=0,
+            in_shardings=(shardings, batch_sharding(mesh)),
+            out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+        ),
+        mesh,
+        parts,
+    )
+
+
+def make_eval_step(parts: ModelParts, mesh: Mesh, abstract: TrainState) -> Any:
+    """Returns `(state, batch, key) -> Loss`: the task's evaluation sums of one batch."""
+
+    def step(state: TrainState, batch: Batch, key: jax.Array) -> Loss:
+        params = parts.task.eval_params(state.params, state.extra)
+        return parts.task.evaluate(parts.merge(params, state.rest), batch, key)
+
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return _with_mesh(
+        jax.jit(
+            step,
+            in_shardings=(shardings_of(abstract), batch_sharding(mesh), replicated),
+            out_shardings=replicated,
+        ),
+        mesh,
+        parts,
+    )
+
+
+def _gradients(
+    parts: ModelParts,
+    trained: PureDict,
+    frozen: PureDict,
+    rest: PureDict,
+    batch: Batch,
+    key: jax.Array,
+    accumulation: int,
+    mesh: Mesh,
+    shardings: PureDict,
+) -> tuple[Loss, PureDict, PureDict]:
+    """Returns summed loss, summed fp32 gradients and the variables after the last micro-batch."""
+
+    def total(
+        trained: PureDict, rest: PureDict, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, tuple[Loss, PureDict]]:
+        model = parts.merge(parts.join(trained, frozen), rest)
+        loss = parts.task.loss(model, batch, key)
+        loss = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), loss)
+        return loss.total, (loss, parts.rest_of(model))
+
+    def one(rest: PureDict, batch: Batch, key: jax.Array) -> tuple[Loss, PureDict, PureDict]:
+        (_, (loss, rest)), grads = jax.value_and_grad(total, has_aux=True)(
+            trained, rest, batch, key
+        )
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        return loss, jax.lax.with_sharding_constraint(grads, shardings), rest
+
+    if accumulation == 1:
+        return one(rest, batch, jax.random.fold_in(key, 0))
+
+    def micro(carry: tuple[Loss, PureDict, PureDict], item: tuple[jax.Array, Batch]) -> Any:
+        loss, grads, rest = carry
+        index, batch = item
+        more_loss, more_grads, rest = one(rest, batch, jax.random.fold_in(key, index))
+        add = jax.tree.map(jnp.add, (loss, grads), (more_loss, more_grads))
+        return (*add, rest), None
+
+    batches = _micro_batches(batch, accumulation, mesh)
+    first = jax.tree.map(lambda x: x[0], batches)
+    like = jax.eval_shape(one, rest, first, key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like[:2])
+    grads = jax.lax.with_sharding_constraint(zeros[1], shardings)
+    indices = jnp.arange(accumulation)
+    return jax.lax.scan(micro, (zeros[0], grads, rest), (indices, batches))[0]
+
+
+def _micro_batches(batch: Batch, count: int, mesh: Mesh) -> Batch:
+    """[B, ...] to [count, B / count, ...], every `count`-th row together.
+
+    Strided, so that each micro-batch takes the same number of rows from every device.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+
+    def split(x: jax.Array) -> jax.Array:
+        x = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(x, sharding)
+
+    return jax.tree.map(split, batch)
+
+
+class _with_mesh:
+    """A jitted function that is traced and run with the mesh and the task's rules in force."""
+
+    def __init__(self, function: Any, mesh: Mesh, parts: ModelParts):
+        self._function = function
+        self._context = lambda: use_mesh(mesh, parts.task.rules)
+
+    def __call__(self, *arguments: Any) -> Any:
+        with self._context():
+            return self._function(*arguments)
+
+    def lower(self, *arguments: Any) -> jax.stages.Lowered:
+        """Traces for arguments or `jax.ShapeDtypeStruct`s, to be compiled ahead of time."""
+        with self._context():
+            return self._function.lower(*arguments)
