@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# Bytecode is written as modules are imported: compiling all of it takes as long as the download.
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-compile
 PYTEST := $(BIN)/python -m pytest -q
 CONSTRAINTS = -c requirements/constraints-$(shell $(BIN)/python -c \
 	'import sys; print("3.11" if sys.version_info < (3, 12) else "3.12")').txt
@@ -29,18 +30,18 @@ $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.core: $(SOURCES) | $(BIN)/pip
-	@echo "installing the workspace into $(VENV)"
+	@echo "installing the workspace into $(VENV) (minutes the first time)"
 	@$(PIP) -e . $(CONSTRAINTS)
 	@touch $@
 
 $(VENV)/.test: $(SOURCES) | $(BIN)/pip
-	@echo "installing the workspace and what its tests need into $(VENV)"
+	@echo "installing the workspace and what its tests need into $(VENV) (minutes the first time)"
 	@$(PIP) -e '.[test,lint]' $(CONSTRAINTS)
 	@touch $@ $(VENV)/.core
 
 # torch first and alone, so that nothing after it asks for another version.
 $(VENV)/.parity: $(VENV)/.test
-	@echo "installing the reference libraries into $(VENV)"
+	@echo "installing the reference libraries into $(VENV) (minutes the first time)"
 	@$(PIP) torch==2.13.0 $(CONSTRAINTS)
 	@$(PIP) -e '.[test,parity]' $(CONSTRAINTS)
 	@touch $@

@@ -4,8 +4,7 @@ python -m common.convert --package=recurrentgemma --from=PATH --to=PATH --format
 """
 
 import importlib
-import logging
-import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,11 +33,9 @@ FROM = flags.DEFINE_string("from", None, "the checkpoint to read", flag_values=O
 TO = flags.DEFINE_string("to", None, "the folder to write, new or empty", flag_values=OPTIONS)
 FORMAT = flags.DEFINE_enum("format", None, FORMATS, "the format to write", flag_values=OPTIONS)
 DTYPE = flags.DEFINE_enum(
-    "dtype", None, DTYPES, "of the written parameters; theirs by default", flag_values=OPTIONS
+    "dtype", None, DTYPES, "of the written parameters; as loaded by default", flag_values=OPTIONS
 )
 NEEDED = (PACKAGE, FROM, TO, FORMAT)
-
-_LOG = logging.getLogger(__name__)
 
 
 class ConvertiblePackage(Protocol):
@@ -76,16 +73,14 @@ def convert(
         raise UserError(f"no checkpoint at {source}: check --from")
     _check_destination(destination)
     model = converter.load(str(source))
-    staging = destination.with_name(f".{destination.name}.partial")
     try:
-        shutil.rmtree(staging, ignore_errors=True)  # Left by a conversion that was killed.
         destination.parent.mkdir(parents=True, exist_ok=True)
-        converter.save(model, str(staging), format=format, dtype=dtype)
-        staging.rename(destination)
+        prefix = f".{destination.name}."
+        with tempfile.TemporaryDirectory(dir=destination.parent, prefix=prefix) as scratch:
+            converter.save(model, f"{scratch}/model", format=format, dtype=dtype)
+            Path(scratch, "model").rename(destination)
     except OSError as error:
         raise UserError(f"cannot write {destination}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _package(name: str) -> ConvertiblePackage:
@@ -113,16 +108,16 @@ def _check_destination(destination: Path) -> None:
 
 
 def _main(run: Run) -> None:
-    missing = [f"--{holder.name}" for holder in NEEDED if not holder.value]
+    given = {holder.name: holder.value for holder in NEEDED if holder.value}
+    missing = [f"--{holder.name}" for holder in NEEDED if holder.name not in given]
     if missing:
         raise UserError(f"{', '.join(missing)} missing: --help shows examples")
     started = time.monotonic()
-    destination = Path(TO.value).expanduser()
-    _LOG.info("reading %s", FROM.value)
-    convert(PACKAGE.value, FROM.value, destination, FORMAT.value, DTYPE.value)
+    destination = Path(given["to"]).expanduser()
+    convert(given["package"], given["from"], destination, given["format"], DTYPE.value)
     size = sum(file.stat().st_size for file in destination.rglob("*") if file.is_file())
     seconds = time.monotonic() - started
-    print(f"wrote {destination}: {FORMAT.value} format, {size / 1e6:,.1f} MB in {seconds:.1f} s")
+    print(f"wrote {destination}: {given['format']} format, {size / 1e6:,.1f} MB in {seconds:.1f} s")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -76,16 +76,18 @@ def works(checks: Sequence[Check]) -> bool:
 
 
 def render(checks: Sequence[Check]) -> str:
-    """Returns the findings as text, grouped, with the fix under what is missing."""
+    """Returns the findings as text, grouped, with the fixes under each group."""
     lines: list[str] = []
     width = max(len(check.name) for check in checks)
     for group in dict.fromkeys(check.group for check in checks):
         lines.append(group)
+        fixes: dict[str, list[str]] = {}
         for check in (check for check in checks if check.group == group):
             mark = "ok" if check.ok else ("FAIL" if check.required else "--")
             lines.append(f"  {mark:<5} {check.name:<{width}}  {check.detail}")
             if check.fix and not check.ok:
-                lines.append(f"        {'':<{width}}  add it: {check.fix}")
+                fixes.setdefault(check.fix, []).append(check.name)
+        lines += [f"        for {', '.join(names)}: {fix}" for fix, names in fixes.items()]
     broken = [check.name for check in checks if check.required and not check.ok]
     if broken:
         lines.append(f"The core does not work here: {', '.join(broken)}.")
@@ -227,7 +229,7 @@ def _extras() -> list[Check]:
         detail = f"{purpose}: {', '.join(missing)} not installed" if missing else found
         return Check("Optional", name, not missing, detail, fix)
 
-    cuda = f"pip install --no-deps jax-cuda13-plugin=={_version('jax')} jax-cuda13-pjrt=="
+    same = f"=={_version('jax') or 'VERSION_OF_JAX'}"
     return [
         extra("test", "make test", ("pytest", "hypothesis"), "make venv"),
         extra("lint", "make lint", ("ruff", "mypy"), "make venv"),
@@ -247,7 +249,7 @@ def _extras() -> list[Check]:
             "compile for GPU",
             "ahead-of-time compilation",
             ("jax-cuda13-plugin", "jax-cuda13-pjrt"),
-            f"{cuda}{_version('jax')}",
+            f"pip install --no-deps jax-cuda13-plugin{same} jax-cuda13-pjrt{same}",
         ),
     ]
 

@@ -11,6 +11,11 @@ from common.checkpoint.reader import subtree as subtree
 from common.checkpoint.safetensors import open_safetensors_file as open_safetensors_file
 from common.checkpoint.safetensors_writer import LazyTensor as LazyTensor
 from common.checkpoint.safetensors_writer import write_safetensors as write_safetensors
+from common.checkpoint.store import CheckpointStore as CheckpointStore
+from common.checkpoint.store import load_params as load_params
+from common.checkpoint.store import read_model_folder as read_model_folder
+from common.checkpoint.store import save_model_folder as save_model_folder
+from common.checkpoint.store import save_params as save_params
 from common.checkpoint.torch_file import open_torch_file as open_torch_file
 from common.checkpoint.transforms import DEPTHWISE_CONV as DEPTHWISE_CONV
 from common.checkpoint.transforms import IDENTITY as IDENTITY

@@ -253,9 +253,18 @@ def _rebuild(abstract: Any, leaves: list[jax.Array]) -> Any:
     restored = []
     for leaf, wanted in zip(leaves, jax.tree.leaves(abstract), strict=True):
         if jnp.issubdtype(wanted.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(wanted))
+            leaf = jax.random.wrap_key_data(leaf, impl=_key_impl(wanted))
         restored.append(leaf)
     return jax.tree.unflatten(structure, restored)
+
+
+def _key_impl(key: Any) -> Any:
+    found = []
+    # `key_impl` takes arrays, of which a trace makes one from a shape.
+    jax.eval_shape(
+        lambda k: found.append(jax.random.key_impl(k)), jax.ShapeDtypeStruct(key.shape, key.dtype)
+    )
+    return found[0]
 
 
 def _groups(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

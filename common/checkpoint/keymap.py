@@ -28,7 +28,7 @@ SHOWN = 3
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """The part `start:stop` along `axis` of a tensor; a tensor's pieces must tile that dim."""
+    """The part `start:stop` along `axis` (from the front) of a tensor; its pieces must tile it."""
 
     name: str
     axis: int
@@ -95,7 +95,7 @@ def load_tensors(
     def place(path: tuple[Any, ...], leaf: Any) -> jax.Array:
         wanted = np.dtype(leaf.dtype)
         if dtype is not None and jnp.issubdtype(wanted, jnp.floating):
-            wanted = np.dtype(dtype)
+            wanted = jnp.dtype(dtype)
         return _place(reader, filled[_name(path)], leaf, wanted)
 
     return _map_tree(place, abstract)
@@ -294,7 +294,7 @@ def _lazy(leaves: Mapping[str, Any], uses: list[tuple[Row, int]], dtype: Any) ->
         raise UserError(f"the key map uses tensor {name} in part or twice")
     wanted = np.dtype(leaves[uses[0][0].target].dtype)
     if dtype is not None and jnp.issubdtype(wanted, jnp.floating):
-        wanted = np.dtype(dtype)
+        wanted = jnp.dtype(dtype)
 
     def values() -> np.ndarray:
         result = np.empty(shape, wanted)

@@ -5,6 +5,7 @@ shape and byte range, and one buffer that the ranges tile without overlaps or ho
 checked when the file is opened; the data stays in the mapped file until it is read.
 """
 
+import collections
 import json
 import math
 import mmap
@@ -81,8 +82,7 @@ def parse_json_object(path: Path, data: bytes, what: str) -> dict:
     def unique(pairs: list[tuple[str, object]]) -> dict:
         result = dict(pairs)
         if len(result) != len(pairs):
-            seen: set[str] = set()
-            name = next(key for key, _ in pairs if key in seen or seen.add(key))
+            name, _ = collections.Counter(key for key, _ in pairs).most_common(1)[0]
             raise UserError(f"{path}: {what} lists {quoted(name)} twice")
         return result
 

@@ -85,7 +85,10 @@ class CheckpointStore:
             raise ValueError(f"{final} exists already")
         partial = final.with_name(f"{final.name}.partial")
         if jax.process_index() == 0:
-            self._sweep()
+            try:
+                self._sweep()
+            except OSError as error:
+                raise UserError(f"cannot write checkpoints in {self.folder}: {error}") from error
         arrays.barrier("checkpoint_swept")
         finish = arrays.start_writing(
             partial, state, {"step": step, "data": data_state, "metadata": metadata}

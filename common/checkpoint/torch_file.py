@@ -96,7 +96,7 @@ class _Storage(NamedTuple):
 
     key: str
     dtype: np.dtype
-    count: int
+    size: int
 
 
 class _Tensor(NamedTuple):
@@ -112,6 +112,8 @@ class _Known:
     """Stands for a torch name in the pickle; has no attribute that a pickle could set."""
 
     __slots__ = ("_build", "value")
+    value: Any
+    _build: Callable[..., Any] | None
 
     def __init__(self, value: Any, build: Callable[..., Any] | None = None) -> None:
         object.__setattr__(self, "value", value)
@@ -261,7 +263,7 @@ def _entry(
     storage, offset, shape, strides = tensor
     if not isinstance(storage, _Storage):
         raise UserError(f"{where} has no storage")
-    if not all(_naturals(v) for v in (shape, strides, (offset, storage.count))):
+    if not all(_naturals(v) for v in (shape, strides, (offset, storage.size))):
         raise UserError(f"{where} has a shape, stride or offset that is not a natural number")
     dtype = storage.dtype
     if len(shape) != len(strides) or not fits_memory(shape, dtype):
@@ -269,11 +271,11 @@ def _entry(
     if f"{prefix}{storage.key}" not in records:
         raise UserError(f"{where} refers to record {quoted(storage.key)}, which is missing")
     start, end = records[f"{prefix}{storage.key}"]
-    if storage.count * dtype.itemsize > end - start:
-        raise UserError(f"{where} claims {storage.count} elements, more than its record holds")
+    if storage.size * dtype.itemsize > end - start:
+        raise UserError(f"{where} claims {storage.size} elements, more than its record holds")
     last = offset + sum((d - 1) * s for d, s in zip(shape, strides))
     # More elements than the storage would be a broadcast that fills memory when it is read.
-    if 0 not in shape and (last >= storage.count or math.prod(shape) > storage.count):
+    if 0 not in shape and (last >= storage.size or math.prod(shape) > storage.size):
         raise UserError(f"{where} reaches past the end of its storage")
     if 0 in shape:
         return Entry(tuple(shape), dtype, start)

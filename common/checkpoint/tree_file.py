@@ -143,6 +143,7 @@ def _open_stores(
     import tensorstore
 
     base = folder.resolve()
+    files = {"driver": "file", "path": f"{base}/"}
     database = (folder / DATABASE).is_file()
     context = tensorstore.Context()
     futures = {}
@@ -151,7 +152,7 @@ def _open_stores(
             raise UserError(f"{folder}: {quoted(name)} points outside the checkpoint")
         spec: dict[str, Any] = {
             "driver": "zarr3" if options.get("use_zarr3") else "zarr",
-            "kvstore": {"driver": "ocdbt", "base": f"file://{base}", "path": f"{stored}/"}
+            "kvstore": {"driver": "ocdbt", "base": files, "path": f"{stored}/"}
             if database
             else {"driver": "file", "path": f"{base}/{stored}/"},
         }

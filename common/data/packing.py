@@ -37,7 +37,7 @@ class PackedRows(Rows):
         if strategy not in STRATEGIES:
             raise UserError(f"packing strategy is '{strategy}'; use one of {', '.join(STRATEGIES)}")
         self.length = length
-        self._store = store
+        self.store = store
         plan = _plan_split if strategy == "split" else _plan_whole
         # Piece p covers tokens [start, start + size); row r holds pieces [first[r], first[r + 1]).
         self._starts, self._sizes, self._first = plan(store.offsets, length)
@@ -69,10 +69,10 @@ class PackedRows(Rows):
         filled = np.bincount(row, sizes, len(indices)).astype(np.int64)
         # A row is filled from its start, so this mask in row-major order meets `source` in order.
         mask = np.arange(self.length) < filled[:, None]
-        tokens = self._store.tokens
+        tokens = self.store.tokens
         return {
-            "tokens": _place(mask, tokens[source], self._store.pad_id),
-            "targets": _place(mask, tokens[source + 1], self._store.pad_id),
+            "tokens": _place(mask, tokens[source], self.store.pad_id),
+            "targets": _place(mask, tokens[source + 1], self.store.pad_id),
             "positions": _place(mask, positions, 0),
             "segment_ids": _place(mask, np.repeat(number + 1, sizes), 0),
             "weights": mask.astype(np.float32),

@@ -5,8 +5,10 @@ be imported in one process, and hands a `main(run)` to `launch`.
 """
 
 import dataclasses
-import errno
+import io
 import os
+import re
+import select
 import shlex
 import sys
 import traceback
@@ -23,6 +25,8 @@ from common.launch.help import help_text
 
 USER_ERROR = 2
 INTERRUPTED = 130
+# absl's message for a flag that must be given, put more plainly in ours.
+_REQUIRED = re.compile(r"Flag (--\w+) must have a value other than None")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,16 +205,14 @@ def _parse(application: Application, arguments: list[str]) -> absl_flags.FlagVal
     except absl_flags.Error as error:
         if every["help"].value:
             return every  # A flag that is required is not when help is asked for.
-        raise UserError(_missing_flag(own) or str(error)) from error
+        missing = _REQUIRED.search(str(error))
+        raise UserError(
+            f"{missing[1]} is missing ({own[missing[1][2:]].help})" if missing else str(error)
+        ) from error
     if rest:
         raise UserError(f"unexpected argument '{rest[0]}' (flags are written --name=value)")
     own.mark_as_parsed()
     return every
-
-
-def _missing_flag(own: absl_flags.FlagValues) -> str | None:
-    missing = [name for name in own if own[name].value is None and own[name].required]
-    return f"--{missing[0]} is missing ({own[missing[0]].help})" if missing else None
 
 
 def _define_shared(application: Application, every: absl_flags.FlagValues) -> None:
@@ -230,12 +232,14 @@ def _define_shared(application: Application, every: absl_flags.FlagValues) -> No
 
 
 def _stdout_is_closed() -> bool:
-    """Tells whether the reader of stdout left, and if so keeps Python quiet about it."""
+    """Tells whether the reader of stdout left, and if so keeps Python quiet about it at exit."""
     try:
-        sys.stdout.flush()
-    except OSError as error:
-        if error.errno != errno.EPIPE:
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        descriptor = sys.stdout.fileno()
+    except io.UnsupportedOperation:
+        return False  # Not a stream of the system.
+    poll = select.poll()
+    poll.register(descriptor, 0)  # Errors are told without being asked for.
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return True

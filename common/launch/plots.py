@@ -8,7 +8,7 @@ from typing import Any
 # Okabe and Ito's colours, which people of all colour vision tell apart; yellow left out.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-MARKED = 24  # A line of at most so many points shows each of them.
+MARKED = 24  # A solid line of at most so many points shows each of them.
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def draw(figure: Figure, path: Path) -> None:
             color=COLOURS[index % len(COLOURS)],
             linestyle="--" if line.dashed else "-",
             linewidth=1.8,
-            marker=MARKERS[index % len(MARKERS)] if len(line.x) <= MARKED else None,
+            marker=None if line.dashed or len(line.x) > MARKED else MARKERS[index % len(MARKERS)],
             markersize=5,
         )
     if figure.log_x:

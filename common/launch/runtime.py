@@ -72,7 +72,7 @@ def use_compilation_cache() -> Path | None:
     """
     import jax
 
-    named = jax.config.read("jax_compilation_cache_dir")
+    named = jax.config.jax_compilation_cache_dir
     if named:
         return Path(named)
     folder = compilation_cache_dir()

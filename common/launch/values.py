@@ -248,9 +248,7 @@ def _parse_tuple(text: str, annotation: Any, where: str) -> tuple[Any, ...]:
         parts.pop()
     members = _item_types(annotation, len(parts))
     if len(members) != len(parts):
-        raise UserError(
-            f"{where}: {len(members)} values {type_name(annotation)} expected: '{text}'"
-        )
+        raise UserError(f"{where}: '{text}' is not {type_name(annotation)}")
     return tuple(parse(part, member, where) for part, member in zip(parts, members, strict=True))
 
 

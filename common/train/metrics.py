@@ -39,13 +39,16 @@ class MetricsWriter:
         """Writes one line, which has reached the operating system when this returns."""
         if self._file is None:
             return
-        line = {"step": step, **{name: _number(value) for name, value in values.items()}}
+        line = {name: _number(value) for name, value in values.items()}
+        # The loss comes first, where a person reading the file looks.
+        line = {"step": step, "loss": line["loss"], **line}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
         if self._events is not None:
-            for name, value in values.items():
-                tag = name if "/" in name else f"train/{name}"
-                self._events.add_scalar(tag, value, step)
+            for name, value in line.items():
+                if value is not None and name != "step":
+                    tag = name if "/" in name else f"train/{name}"
+                    self._events.add_scalar(tag, value, step)
 
     def sync(self) -> None:
         """Returns when all lines are on disk, as they must be before a checkpoint is."""

@@ -14,8 +14,7 @@ class Progress:
     def __init__(self, step: int, steps: int, *, active: bool = True):
         self._active = active
         self._steps = steps
-        self._first = step
-        self._start = time.perf_counter()
+        self._first: tuple[int, float] | None = None  # Step and time of the first update.
         self._printed = 0.0
         self._bar: Any = None
         if active and sys.stderr.isatty():
@@ -32,11 +31,15 @@ class Progress:
             self._bar.update(step - self._bar.n)
             return
         now = time.perf_counter()
+        first_step, first_time = self._first = self._first or (step, now)
         if not force and now - self._printed < LINE_SECONDS:
             return
         self._printed = now
-        left = (now - self._start) / max(1, step - self._first) * (self._steps - step)
-        self._print(f"step {step}/{self._steps}  {_summary(values)}  {_duration(left)} left")
+        left = ""
+        if step > first_step:
+            seconds = (now - first_time) / (step - first_step) * (self._steps - step)
+            left = f"  {_duration(seconds)} left"
+        self._print(f"step {step}/{self._steps}  {_summary(values)}{left}")
 
     def say(self, text: str) -> None:
         """Prints a line without tearing the bar."""

@@ -24,16 +24,15 @@ def make_schedule(
       peak: the rate after warm-up.
       steps: length of the run in updates.
       warmup_steps: updates of linear rise; update i of them uses `peak · (i + 1) / warmup_steps`.
+        May be more than `steps`: the run then ends on the way up.
       final_fraction: the last rate as a fraction of the peak (not used by `constant`).
       decay_fraction: part of the run that `wsd` spends on its decay.
 
     Raises:
-      UserError: unknown name, or warm-up longer than the run.
+      UserError: unknown name.
     """
     if name not in SCHEDULES:
         raise UserError(f"unknown schedule '{name}'{nearest(name, SCHEDULES)}")
-    if warmup_steps > steps:
-        raise UserError(f"warm-up of {warmup_steps} steps is longer than the run of {steps}")
     final = peak * final_fraction
     rest = max(1, steps - warmup_steps)
     if name == "cosine":

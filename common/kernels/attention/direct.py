@@ -20,7 +20,7 @@ def forward(
     """Returns the output `[B, K, G, T, h]` and the log-sum `[B, K, G, T]`."""
     allowed = allowed_pairs(options, mask, segments, q.shape[-2], k.shape[-2])
     scores = tile.masked(tile.raw_scores(options, q, k), allowed)
-    maximum = tile.finite_maximum(scores)
+    maximum = tile.finite(jnp.max(scores, axis=-1))
     weights = jnp.exp(scores - maximum[..., None])
     total = jnp.sum(weights, axis=-1)
     weighted = tile.product("bkgts,bksh->bkgth", weights, v)

@@ -27,9 +27,8 @@ def masked(scores: jax.Array, allowed: jax.Array | None) -> jax.Array:
     return scores if allowed is None else jnp.where(allowed, scores, -jnp.inf)
 
 
-def finite_maximum(scores: jax.Array) -> jax.Array:
-    """Returns the maximum over keys, 0 for rows in which nothing is allowed."""
-    maximum = jnp.max(scores, axis=-1)
+def finite(maximum: jax.Array) -> jax.Array:
+    """Replaces minus infinity, the maximum of a row with nothing allowed, by 0."""
     return jnp.where(jnp.isneginf(maximum), 0.0, maximum)
 
 

@@ -1,9 +1,10 @@
 """A task small enough for tests: an embedding and a scanned stack of MLPs that predict tokens.
 
-Also a program: `python tiny_task.py WORKDIR [steps]` trains it, for tests that kill a process.
+Also a program: `python tiny_task.py WORKDIR` trains it slowly, for tests that kill the process.
 """
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,22 @@ VOCAB, WIDTH, DEPTH, LENGTH = 16, 8, 3, 6
 
 class Block(nnx.Module):
     def __init__(self, *, rngs: nnx.Rngs):
-        init = nnx.initializers.lecun_normal()
+        # Compiling JAX's random numbers would take most of these tests' time.
+        waves = jnp.sin(jnp.arange(2.0 * WIDTH * WIDTH) ** 2) / 2
         self.scale = nnx.Param(jnp.ones(WIDTH), axes=("embed",))
-        self.up = nnx.Param(init(rngs.params(), (WIDTH, 2 * WIDTH)), axes=("embed", "mlp"))
-        self.down = nnx.Param(init(rngs.params(), (2 * WIDTH, WIDTH)), axes=("mlp", "embed"))
+        self.up = nnx.Param(waves.reshape(WIDTH, -1), axes=("embed", "mlp"))
+        self.down = nnx.Param(waves.reshape(-1, WIDTH), axes=("mlp", "embed"))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x * self.scale[...]
-        y = shard(jax.nn.gelu(y @ self.up[...]), "batch", "seq", "mlp")
+        y = shard(jax.nn.silu(y @ self.up[...]), "batch", "seq", "mlp")
         return shard(x + y @ self.down[...], "batch", "seq", "embed")
 
 
 class Model(nnx.Module):
     def __init__(self, *, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(0.5)
-        self.embed = nnx.Param(init(rngs.params(), (VOCAB, WIDTH)), axes=("vocab", "embed"))
+        embed = jax.random.uniform(rngs.params(), (VOCAB, WIDTH), minval=-1, maxval=1)
+        self.embed = nnx.Param(embed, axes=("vocab", "embed"))
         self.blocks = nnx.vmap(lambda r: Block(rngs=r))(rngs.split(DEPTH))
         self.calls = nnx.BatchStat(jnp.zeros((), jnp.int32))
 
@@ -86,7 +88,7 @@ class Batches:
     def __next__(self) -> dict[str, np.ndarray]:
         batch = batch_at(self.index, self.rows)
         if self.index in self.poison:
-            batch["weights"][0, 0] = np.nan
+            batch["weights"][0] = np.nan
         self.index += 1
         return batch
 
@@ -113,13 +115,19 @@ def tiny_config(**changes: Any) -> TrainConfig:
     return TrainConfig(**{**fields, **changes})
 
 
+def killed_config() -> TrainConfig:
+    return tiny_config(steps=30, checkpoint_every=4, keep_checkpoints=2)
+
+
+class SlowBatches(Batches):
+    def __next__(self) -> dict[str, np.ndarray]:
+        time.sleep(0.02)
+        return super().__next__()
+
+
 def main() -> None:
-    workdir, steps = Path(sys.argv[1]), int(sys.argv[2])
-    config = tiny_config(steps=steps, checkpoint_every=4, keep_checkpoints=2)
-    result = Trainer(
-        NoisyTask(), config, workdir, Batches(), {"heldout": heldout}, resume_command="again"
-    ).run()
-    print("preempted" if result.preempted else "finished", result.step, flush=True)
+    eval_sets = {"heldout": heldout}
+    Trainer(NoisyTask(), killed_config(), Path(sys.argv[1]), SlowBatches(), eval_sets).run()
 
 
 if __name__ == "__main__":
