@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # Bytecode is written as modules are imported: compiling all of it takes as long as the download.
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-compile
 PYTEST := $(BIN)/python -m pytest -q
-CONSTRAINTS = -c requirements/constraints-$(shell $(BIN)/python -c \
+CONSTRAINTS = -c .ci/constraints-$(shell $(BIN)/python -c \
 	'import sys; print("3.11" if sys.version_info < (3, 12) else "3.12")').txt
 DEMO   ?= runs/demo
 
@@ -22,7 +22,7 @@ help: ## show this
 BENCHMARKS = $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 
 # Each stamp says that an extra is installed in $(VENV) as pyproject.toml and the constraints ask.
-SOURCES := pyproject.toml $(wildcard requirements/constraints-*.txt)
+SOURCES := pyproject.toml $(wildcard .ci/constraints-*.txt)
 
 # pip is the last thing that a new environment gets: without it the environment is incomplete.
 $(BIN)/pip:
@@ -54,7 +54,7 @@ $(VENV)/.compile: $(VENV)/.test
 venv: $(VENV)/.test ## create .venv with the workspace, test and lint tools
 
 demo: $(VENV)/.core ## train, interrupt, resume and sample a small RecurrentGemma (minutes)
-	@PYTHON=$(BIN)/python DEMO=$(DEMO) bash scripts/demo.sh
+	@PYTHON=$(BIN)/python DEMO=$(DEMO) bash recurrentgemma/demo.sh
 
 test: $(VENV)/.test ## all tests but parity, compile, gpu and slow
 	$(PYTEST) -m "not parity and not compile and not gpu and not slow" $(ARGS)

@@ -66,6 +66,19 @@ class RunFolder:
             write_atomically(self.config, configs.to_json(config))
         return True
 
+    def abandon(self) -> None:
+        """Gives up the claim of a run that failed before it trained, so that it can be corrected.
+
+        Does nothing once there is a checkpoint or a line of metrics.
+        """
+        if self.checkpoints.exists() or self.metrics.exists():
+            return
+        self.config.unlink(missing_ok=True)
+        self.close()
+        (self.path / ".lock").unlink(missing_ok=True)
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
+
     def close(self) -> None:
         """Lets other processes write to the folder."""
         if self._lock is not None:

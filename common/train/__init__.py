@@ -16,3 +16,4 @@ from common.train.trainer import TrainBatches as TrainBatches
 from common.train.trainer import TrainConfig as TrainConfig
 from common.train.trainer import Trainer as Trainer
 from common.train.trainer import TrainResult as TrainResult
+from common.train.trainer import check_config as check_config

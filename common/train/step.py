@@ -1,6 +1,6 @@
 """One optimizer step: gradients over micro-batches, clipping, update, non-finite guard."""
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -13,7 +13,6 @@ from common.train.state import ModelParts, TrainState, shardings_of
 from common.train.task import Batch, Loss, PureDict
 
 Metrics = dict[str, jax.Array]
-StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def make_train_step(
@@ -46,53 +45,37 @@ def make_train_step(
       log_param_norm: also report the global norm of the parameters.
     """
     shardings = shardings_of(abstract)
-    grad_shardings = parts.split_trained(shardings.params)[0]
+    gradients = _Gradients(parts, mesh, parts.split_trained(shardings.params)[0], accumulation)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        trained, frozen = parts.split_trained(state.params)
-        loss, grads, rest = _gradients(
-            parts, trained, frozen, state.rest, batch, key, accumulation, mesh, grad_shardings
-        )
+        loss, grads, rest = gradients(state, batch, key)
         weight = jnp.where(loss.weight == 0, 1.0, loss.weight)
-        mean = loss.total / weight
         grads = jax.tree.map(lambda g: g / weight, grads)
-        grad_norm = optax.tree.norm(grads)
+        mean, grad_norm = loss.total / weight, optax.tree.norm(grads)
         finite = jnp.isfinite(mean) & jnp.isfinite(grad_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-        params = parts.join(optax.apply_updates(trained, updates), frozen)
-        params, extra = parts.task.after_update(params, state.extra, state.step + 1)
-        proposed = (params, opt_state, rest, extra)
-        current = (state.params, state.opt_state, state.rest, state.extra)
-        params, opt_state, rest, extra = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), proposed, current
-        )
-        skipped = state.skipped + jnp.where(finite, 0, 1)
-        in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
+        new = _updated(parts, optimizer, state, grads, rest, finite)
         metrics = {
             "loss": mean,
             "grad_norm": grad_norm,
             "learning_rate": jnp.asarray(schedule(state.step - state.skipped), jnp.float32),
             "weight": loss.weight,
-            "skipped": skipped,
-            "skipped_in_a_row": in_a_row,
+            "skipped": new.skipped,
+            "skipped_in_a_row": new.skipped_in_a_row,
             **{name: value / weight for name, value in loss.metrics.items()},
         }
         if log_param_norm:
-            metrics["param_norm"] = optax.tree.norm(params)
-        new = TrainState(state.step + 1, params, opt_state, rest, extra, skipped, in_a_row)
+            metrics["param_norm"] = optax.tree.norm(new.params)
         return new, metrics
 
-    return _with_mesh(
-        jax.jit(
-            step,
-            donate_argnums=0,
-            in_shardings=(shardings, batch_sharding(mesh)),
-            out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
-        ),
-        mesh,
-        parts,
+    replicated = NamedSharding(mesh, PartitionSpec())
+    jitted = jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated),
     )
+    return _WithMesh(jitted, mesh, parts)
 
 
 def make_eval_step(parts: ModelParts, mesh: Mesh, abstract: TrainState) -> Any:
@@ -103,62 +86,93 @@ def make_eval_step(parts: ModelParts, mesh: Mesh, abstract: TrainState) -> Any:
         return parts.task.evaluate(parts.merge(params, state.rest), batch, key)
 
     replicated = NamedSharding(mesh, PartitionSpec())
-    return _with_mesh(
-        jax.jit(
-            step,
-            in_shardings=(shardings_of(abstract), batch_sharding(mesh), replicated),
-            out_shardings=replicated,
-        ),
-        mesh,
-        parts,
+    jitted = jax.jit(
+        step,
+        in_shardings=(shardings_of(abstract), batch_sharding(mesh), replicated),
+        out_shardings=replicated,
+    )
+    return _WithMesh(jitted, mesh, parts)
+
+
+def _updated(
+    parts: ModelParts,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    grads: PureDict,
+    rest: PureDict,
+    finite: jax.Array,
+) -> TrainState:
+    """Returns the state after an update, or, where it is not finite, without it."""
+    trained, frozen = parts.split_trained(state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+    params = parts.join(optax.apply_updates(trained, updates), frozen)
+    params, extra = parts.task.after_update(params, state.extra, state.step + 1)
+    params, opt_state, rest, extra = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (params, opt_state, rest, extra),
+        (state.params, state.opt_state, state.rest, state.extra),
+    )
+    return TrainState(
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        rest=rest,
+        extra=extra,
+        skipped=state.skipped + jnp.where(finite, 0, 1),
+        skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
     )
 
 
-def _gradients(
-    parts: ModelParts,
-    trained: PureDict,
-    frozen: PureDict,
-    rest: PureDict,
-    batch: Batch,
-    key: jax.Array,
-    accumulation: int,
-    mesh: Mesh,
-    shardings: PureDict,
-) -> tuple[Loss, PureDict, PureDict]:
-    """Returns summed loss, summed fp32 gradients and the variables after the last micro-batch."""
+class _Gradients:
+    """`(state, batch, key)` to summed loss, summed fp32 gradients, and the other variables after.
 
-    def total(
-        trained: PureDict, rest: PureDict, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, tuple[Loss, PureDict]]:
-        model = parts.merge(parts.join(trained, frozen), rest)
-        loss = parts.task.loss(model, batch, key)
-        loss = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), loss)
-        return loss.total, (loss, parts.rest_of(model))
+    Sums are over the micro-batches, and over the weights in each.
+    """
 
-    def one(rest: PureDict, batch: Batch, key: jax.Array) -> tuple[Loss, PureDict, PureDict]:
-        (_, (loss, rest)), grads = jax.value_and_grad(total, has_aux=True)(
-            trained, rest, batch, key
-        )
+    def __init__(self, parts: ModelParts, mesh: Mesh, shardings: PureDict, accumulation: int):
+        self._parts = parts
+        self._mesh = mesh
+        self._shardings = shardings  # Of the gradients, like the trained parameters.
+        self._accumulation = accumulation
+
+    def __call__(
+        self, state: TrainState, batch: Batch, key: jax.Array
+    ) -> tuple[Loss, PureDict, PureDict]:
+        one = functools.partial(self._of_micro_batch, *self._parts.split_trained(state.params))
+        if self._accumulation == 1:
+            return one(state.rest, batch, jax.random.fold_in(key, 0))
+
+        def micro(carry: Any, item: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+            sums, rest = carry
+            index, batch = item
+            loss, grads, rest = one(rest, batch, jax.random.fold_in(key, index))
+            return (jax.tree.map(jnp.add, sums, (loss, grads)), rest), None
+
+        batches = _micro_batches(batch, self._accumulation, self._mesh)
+        shapes = jax.eval_shape(one, state.rest, jax.tree.map(lambda x: x[0], batches), key)
+        loss, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[:2])
+        start = ((loss, self._constrain(grads)), state.rest)
+        (sums, rest), _ = jax.lax.scan(micro, start, (jnp.arange(self._accumulation), batches))
+        return (*sums, rest)
+
+    def _of_micro_batch(
+        self, trained: PureDict, frozen: PureDict, rest: PureDict, batch: Batch, key: jax.Array
+    ) -> tuple[Loss, PureDict, PureDict]:
+        parts = self._parts
+
+        def total(trained: PureDict) -> tuple[jax.Array, tuple[Loss, PureDict]]:
+            model = parts.merge(parts.join(trained, frozen), rest)
+            loss = parts.task.loss(model, batch, key)
+            loss = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), loss)
+            return loss.total, (loss, parts.rest_of(model))
+
+        (_, (loss, rest_after)), grads = jax.value_and_grad(total, has_aux=True)(trained)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-        return loss, jax.lax.with_sharding_constraint(grads, shardings), rest
+        return loss, self._constrain(grads), rest_after
 
-    if accumulation == 1:
-        return one(rest, batch, jax.random.fold_in(key, 0))
-
-    def micro(carry: tuple[Loss, PureDict, PureDict], item: tuple[jax.Array, Batch]) -> Any:
-        loss, grads, rest = carry
-        index, batch = item
-        more_loss, more_grads, rest = one(rest, batch, jax.random.fold_in(key, index))
-        add = jax.tree.map(jnp.add, (loss, grads), (more_loss, more_grads))
-        return (*add, rest), None
-
-    batches = _micro_batches(batch, accumulation, mesh)
-    first = jax.tree.map(lambda x: x[0], batches)
-    like = jax.eval_shape(one, rest, first, key)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like[:2])
-    grads = jax.lax.with_sharding_constraint(zeros[1], shardings)
-    indices = jnp.arange(accumulation)
-    return jax.lax.scan(micro, (zeros[0], grads, rest), (indices, batches))[0]
+    def _constrain(self, grads: PureDict) -> PureDict:
+        # Said outright, so that FSDP's gradients are scattered and not summed whole everywhere.
+        return jax.lax.with_sharding_constraint(grads, self._shardings)
 
 
 def _micro_batches(batch: Batch, count: int, mesh: Mesh) -> Batch:
@@ -175,7 +189,7 @@ def _micro_batches(batch: Batch, count: int, mesh: Mesh) -> Batch:
     return jax.tree.map(split, batch)
 
 
-class _with_mesh:
+class _WithMesh:
     """A jitted function that is traced and run with the mesh and the task's rules in force."""
 
     def __init__(self, function: Any, mesh: Mesh, parts: ModelParts):

@@ -68,7 +68,7 @@ class Task(abc.ABC):
         """Returns parameters and extra state after update number `step` (the first is 1).
 
         Here an average follows the parameters (in `extra`), or a teacher its student (both among
-        the parameters, the teacher not trainable). Not called for a skipped update.
+        the parameters, the teacher not trainable). A skipped update skips this too.
         """
         return params, extra
 

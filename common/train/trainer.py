@@ -153,7 +153,7 @@ class Trainer:
         self._resume_command = resume_command or shlex.join(sys.orig_argv)
         self._main = jax.process_index() == 0
         self._goodput = Goodput()
-        _check(config, batch_shards(self.mesh))
+        check_config(config, self.mesh)
 
     def run(self) -> TrainResult:
         """Trains to the last step, or until a signal; a finished run only tells its results.
@@ -352,7 +352,9 @@ class Trainer:
             print(text, flush=True)
 
 
-def _check(config: TrainConfig, shards: int) -> None:
+def check_config(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
+    """Raises UserError if a field is out of range or batch, mesh and processes do not fit."""
+    shards = batch_shards(mesh)
     for name in ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every",
                  "keep_checkpoints", "max_nonfinite"):  # fmt: skip
         if getattr(config, name) < 1:

@@ -152,7 +152,7 @@ def test_damage_inside_a_chunk_file_is_found_by_reading(two):
 def test_nothing_readable_is_one_clear_error_and_nothing_is_moved(two):
     for step in two.steps():
         (two.path(step) / array_folder.RECORD).unlink()
-    with pytest.raises(UserError, match="no checkpoint in .* is readable"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* is readable"):
         two.restore(abstract(make_state()))
     assert two.steps() == [1, 2]
     with pytest.raises(UserError, match="there is no checkpoint"):
@@ -213,7 +213,7 @@ def test_parameters_fall_back_too_and_leave_the_run_as_it_is(two):
     expected = make_state(1)["params"]
     assert_same(load_params(two.folder, abstract(expected)), expected)
     assert two.steps() == [1, 2]
-    with pytest.raises(UserError, match="no parameters in .* are readable"):
+    with pytest.raises(UserError, match=r"no parameters in .* are readable"):
         load_params(two.path(2), abstract(expected))
     with pytest.raises(UserError, match="no checkpoint in it"):
         load_params(two.folder / "nowhere", abstract(expected))

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
@@ -84,7 +83,6 @@ def _one_device():
         (MeshConfig(2, 2, 2), 1),
         (MeshConfig(2, 2, 2), 4),
         (MeshConfig(1, 8, 1), 2),
-        (MeshConfig(8, 1, 1), 1),
         (MeshConfig(2, 1, 2, 2), 1),
     ],
 )
@@ -97,24 +95,25 @@ def test_loss_and_gradients_equal_one_device(one_device, mesh, accumulation):
         assert np.linalg.norm(leaf - wanted) <= 1e-5 * np.linalg.norm(wanted)
 
 
-@pytest.mark.parametrize("accumulation", [2, 4])
-def test_accumulation_weighs_micro_batches_by_their_tokens(one_device, accumulation):
-    metrics, grads = gradients(Rig(MeshConfig(), 1, accumulation=accumulation))
+def test_accumulation_weighs_micro_batches_by_their_tokens(one_device):
+    rig = Rig(MeshConfig(), 1, accumulation=2)
+    metrics, grads = gradients(rig)
     assert metrics["loss"] == pytest.approx(one_device[0]["loss"], rel=1e-6)
     for leaf, wanted in zip(jax.tree.leaves(grads), jax.tree.leaves(one_device[1]), strict=True):
         assert np.linalg.norm(leaf - wanted) <= 1e-5 * np.linalg.norm(wanted)
+    assert rig.state.rest["calls"] == 2  # What is not a parameter is carried through.
 
 
-def test_variables_that_are_not_parameters_are_carried_through_micro_batches():
-    rig = Rig(MeshConfig(), 1, accumulation=4)
-    rig(batch_at(0))
-    assert rig.state.rest["calls"] == 4
-
-
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "sgd"])
-def test_moments_lie_like_their_parameters(name):
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_moments_lie_like_their_parameters_and_all_is_donated(name):
     config = OptimizerConfig(name, learning_rate=1e-2)
     rig = Rig(MeshConfig(2, 2, 2), optimizer=config)
+    lowered = rig.step.lower(rig.state, rig.place(batch_at(0)))
+    per_device = sum(
+        np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=int) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(rig.abstract)
+    )
+    assert lowered.compile().memory_analysis().alias_size_in_bytes >= per_device
     specs = {
         jax.tree_util.keystr(path): leaf.sharding.spec
         for path, leaf in jax.tree_util.tree_leaves_with_path(rig.state.params)
@@ -132,43 +131,32 @@ def test_moments_lie_like_their_parameters(name):
                     mirrored += 1
         assert mirrored >= 3
         before = [np.array(leaf) for _, leaf in moments]
+        old = rig.state
         rig(batch_at(0))
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
     after = [np.array(leaf) for leaf in jax.tree.leaves(rig.state.opt_state)]
     assert any((a != b).any() for a, b in zip(before, after) if a.ndim >= 2)
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_update_that_is_not_finite_is_skipped_exactly(poison):
+def test_update_that_is_not_finite_is_skipped_exactly():
     config = OptimizerConfig(learning_rate=0.1, warmup_steps=4)
     rig = Rig(MeshConfig(), 2, optimizer=config, accumulation=2)
     first = rig(batch_at(0))
-    before = jax.tree.map(np.array, dataclasses.replace(rig.state))
-    bad = batch_at(1)
-    bad["weights"][1, 2] = poison
-    metrics = rig(bad)
-    assert (metrics["skipped"], metrics["skipped_in_a_row"]) == (1, 1)
-    assert rig.state.step == 2
-    for part in ("params", "opt_state", "rest", "extra"):
-        now = jax.tree.map(np.array, getattr(rig.state, part))
-        jax.tree.map(np.testing.assert_array_equal, now, getattr(before, part))
+    before = jax.tree.map(np.array, rig.state)
+    for count, poison in enumerate([np.nan, np.inf], 1):
+        bad = batch_at(1)
+        bad["weights"][1, 2] = poison
+        metrics = rig(bad)
+        assert (metrics["skipped"], metrics["skipped_in_a_row"]) == (count, count)
+        assert rig.state.step == 1 + count
+        for part in ("params", "opt_state", "rest", "extra"):
+            now = jax.tree.map(np.array, getattr(rig.state, part))
+            jax.tree.map(np.testing.assert_array_equal, now, getattr(before, part))
     after = rig(batch_at(2))
-    assert (after["skipped"], after["skipped_in_a_row"]) == (1, 0)
+    assert (after["skipped"], after["skipped_in_a_row"]) == (2, 0)
     # The schedule has not moved on: warm-up is at its second update, not its third.
     assert first["learning_rate"] == pytest.approx(0.025)
     assert after["learning_rate"] == pytest.approx(0.05)
-
-
-def test_the_whole_state_is_donated():
-    rig = Rig(MeshConfig(2, 2, 2), optimizer=OptimizerConfig())
-    lowered = rig.step.lower(rig.state, rig.place(batch_at(0)))
-    per_device = sum(
-        np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=int) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(rig.abstract)
-    )
-    assert lowered.compile().memory_analysis().alias_size_in_bytes >= per_device
-    old = rig.state
-    rig(batch_at(0))
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
 
 
 class FrozenEmbedding(TinyTask):
@@ -232,28 +220,19 @@ def test_an_average_follows_the_parameters_and_is_evaluated():
     assert float(loss.total) == pytest.approx(float(wanted.total), rel=1e-5)
 
 
-def test_the_random_key_depends_on_seed_and_step_alone():
+def test_the_random_key_depends_on_the_step_alone():
     class Drawing(TinyTask):
         def loss(self, model: Any, batch: Any, key: jax.Array) -> Any:
             loss = super().loss(model, batch, key)
-            return dataclasses.replace(loss, metrics={"draw": jax.random.uniform(key)})
+            draw = jax.random.bits(key, (), jax.numpy.uint16)
+            return dataclasses.replace(loss, metrics={"draw": draw})
 
-    def draws(count: int, seed: int) -> list[float]:
-        rig = Rig(MeshConfig(), count, Drawing(), seed=seed)
-        results = [rig(batch_at(i)) for i in range(2)]
-        return [m["draw"] * m["weight"] for m in results]
-
-    one = draws(1, 5)
-    assert one == pytest.approx(draws(8, 5))
-    assert one[0] != pytest.approx(one[1])
-    assert one != pytest.approx(draws(1, 6))
-
-
-def test_clipping_bounds_the_update_and_not_the_reported_norm():
-    config = dataclasses.replace(DESCENT, clip_norm=1e-3)
-    rig = Rig(MeshConfig(), 2, optimizer=config)
-    before = rig.params()
-    metrics = rig(batch_at(0))
-    change = optax.tree.norm(jax.tree.map(np.subtract, before, rig.params()))
-    assert float(change) == pytest.approx(1e-3, rel=1e-2)
-    assert metrics["grad_norm"] > 0.1
+    rig = Rig(MeshConfig(), 1, Drawing())
+    again = jax.tree.map(jax.numpy.copy, rig.state)
+    draws = [
+        metrics["draw"] * metrics["weight"] for metrics in (rig(batch_at(0)), rig(batch_at(1)))
+    ]
+    rig.state = again
+    repeated = rig(batch_at(5))
+    assert repeated["draw"] * repeated["weight"] == pytest.approx(draws[0])
+    assert draws[0] != pytest.approx(draws[1])

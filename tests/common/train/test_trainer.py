@@ -107,7 +107,7 @@ def test_killed_and_restarted_the_trace_is_the_same(tmp_path):
         process = subprocess.Popen([sys.executable, PROGRAM, killed], env=environment)
         after = next(kills, None)
         while process.poll() is None:
-            time.sleep(0.005)
+            time.sleep(0.02)
             lines = read_metrics(killed)
             if after is not None and lines and lines[-1]["step"] >= after:
                 time.sleep(random.random() * 0.1)

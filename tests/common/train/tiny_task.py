@@ -42,7 +42,7 @@ class Model(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         self.calls[...] += 1
-        x = self.embed[...][tokens]
+        x = shard(self.embed[...][tokens], "batch", "seq", "embed")
         x = jax.lax.scan(lambda x, block: (block(x), None), x, self.blocks)[0]
         return x @ self.embed[...].T
 
@@ -126,6 +126,7 @@ class SlowBatches(Batches):
 
 
 def main() -> None:
+    sys.modules["tensorboardX"] = None  # It imports torch where that is installed: seconds.
     eval_sets = {"heldout": heldout}
     Trainer(NoisyTask(), killed_config(), Path(sys.argv[1]), SlowBatches(), eval_sets).run()
 

@@ -4,12 +4,12 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 lock() { # the Python resolved for, the file's name, whom it is for
-    local out="requirements/constraints-$2.txt" resolved
+    local out=".ci/constraints-$2.txt" resolved
     resolved=$(uv pip compile -q --no-annotate --no-header --python-version "$1" \
         --extra test --extra lint --extra parity --extra compile pyproject.toml)
     {
         echo "# What CI installs on Python $3: pip install -e .[test] -c $out"
-        echo "# Written by requirements/lock.sh; CUDA's packages come with their own exact pins."
+        echo "# Written by .ci/lock.sh; CUDA's packages come with their own exact pins."
         grep -v -E '^(nvidia-|cuda-|triton)' <<<"$resolved"
     } >"$out"
 }

@@ -1,0 +1,1 @@
+"""Side-by-side measurements against peers; committed results lie in `benchmarks/results/`."""

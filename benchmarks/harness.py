@@ -1,0 +1,224 @@
+"""Measures contenders side by side and writes the result as Markdown and JSON.
+
+Contenders of one process take turns, so that a busy machine slows all of them alike. A contender
+that needs another Python environment runs as a script in a process of its own, outside the
+repository; arrays travel through `.npz` files. It times itself, with the baseline beside it where
+it can, so that its ratio too compares neighbours in time.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from common.errors import UserError
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """Wall-clock seconds of one contender over its repeats.
+
+    Attributes:
+        median: Seconds.
+        low: First quartile of the seconds.
+        high: Third quartile of the seconds.
+        fastest: Seconds of the best repeat.
+        repeats: How many were timed.
+        ratio: Median over repeats of this contender's time to the baseline's in the same turn.
+    """
+
+    median: float
+    low: float
+    high: float
+    fastest: float
+    repeats: int
+    ratio: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """One table: contenders against a baseline."""
+
+    title: str
+    baseline: str
+    measurements: Mapping[str, Measurement]
+
+
+def measure(
+    contenders: Mapping[str, Callable[[], Any]],
+    *,
+    baseline: str,
+    repeats: int = 20,
+    warmup: int = 2,
+) -> dict[str, Measurement]:
+    """Times functions that return JAX arrays, in turns: all once, then all once more.
+
+    Args:
+        contenders: Functions by name; compile them beforehand or leave it to the warm-up.
+        baseline: The name whose time the ratios divide by.
+        repeats: Timed turns.
+        warmup: Turns that are not timed.
+
+    Returns:
+        One measurement for each name.
+
+    Raises:
+        UserError: The baseline is none of the contenders.
+    """
+    if baseline not in contenders:
+        raise UserError(f"baseline '{baseline}' is none of {', '.join(contenders)}")
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(warmup + repeats):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return summarise(seconds, baseline)
+
+
+def summarise(
+    seconds: Mapping[str, Sequence[float] | np.ndarray], baseline: str
+) -> dict[str, Measurement]:
+    """Turns the seconds of interleaved repeats into measurements."""
+    reference = np.asarray(seconds[baseline])
+    result = {}
+    for name, values in seconds.items():
+        low, median, high = np.percentile(values, (25, 50, 75))
+        ratio = float(np.median(np.asarray(values) / reference))
+        result[name] = Measurement(
+            float(median), float(low), float(high), float(min(values)), len(values), ratio
+        )
+    return result
+
+
+def run_elsewhere(
+    python: str | Path,
+    script: Path,
+    arrays: Mapping[str, np.ndarray],
+    *,
+    options: Sequence[str] = (),
+    timeout: float = 1800.0,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Runs `python -P script inputs.npz outputs.npz *options` outside the repository.
+
+    The script writes the seconds of each repeat as `seconds/<name>` and any other array it wants
+    compared under its own name.
+
+    Args:
+        python: Interpreter of the other environment.
+        script: A file that imports nothing of this repository.
+        arrays: Its inputs.
+        options: Further command-line arguments.
+        timeout: Seconds.
+
+    Returns:
+        The seconds by name, for `summarise`, and the other arrays that the script wrote.
+
+    Raises:
+        UserError: The interpreter is missing, or the script fails; with its last line.
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    with tempfile.TemporaryDirectory() as folder:
+        inputs, outputs = Path(folder, "inputs.npz"), Path(folder, "outputs.npz")
+        np.savez(inputs, **arrays)
+        command = [str(python), "-P", str(script.resolve()), str(inputs), str(outputs), *options]
+        try:
+            done = subprocess.run(
+                command,
+                cwd=folder,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise UserError(f"cannot run {script.name} with {python}: {error}") from error
+        if done.returncode:
+            last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+            raise UserError(f"{script.name} failed with {python}: {last[0]}")
+        with np.load(outputs) as loaded:
+            written = dict(loaded)
+    prefix = "seconds/"
+    seconds = {key[len(prefix) :]: v for key, v in written.items() if key.startswith(prefix)}
+    others = {key: v for key, v in written.items() if not key.startswith(prefix)}
+    return seconds, others
+
+
+def write_report(
+    name: str,
+    title: str,
+    sections: Sequence[Section],
+    *,
+    notes: Sequence[str] = (),
+    directory: Path = RESULTS,
+) -> Path:
+    """Writes `<name>.md` and `<name>.json`; returns the path of the former."""
+    directory.mkdir(parents=True, exist_ok=True)
+    machine = describe_machine()
+    lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in machine.items())]
+    lines += [f"- {note}" for note in notes]
+    for section in sections:
+        lines += ["", *markdown(section)]
+    path = directory / f"{name}.md"
+    path.write_text("\n".join(lines) + "\n")
+    record = {
+        "title": title,
+        "machine": machine,
+        "notes": list(notes),
+        "sections": [dataclasses.asdict(section) for section in sections],
+    }
+    path.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+    return path
+
+
+def markdown(section: Section) -> list[str]:
+    """Returns the lines of one table, times in milliseconds."""
+    lines = [
+        f"## {section.title}",
+        "",
+        f"| contender | median ms | quartiles ms | best ms | × {section.baseline} |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, m in section.measurements.items():
+        median, low, high, fastest = (1e3 * t for t in (m.median, m.low, m.high, m.fastest))
+        spread = f"{low:.2f} – {high:.2f}"
+        lines.append(f"| {name} | {median:.2f} | {spread} | {fastest:.2f} | {m.ratio:.2f} |")
+    return lines
+
+
+def describe_machine() -> dict[str, str]:
+    """Returns device, processor, load and versions for the head of a report."""
+    device = jax.devices()[0]
+    load = f", load {os.getloadavg()[0]:.1f} at the end" if hasattr(os, "getloadavg") else ""
+    return {
+        "device": f"{device.device_kind} × {jax.device_count()}",
+        "processor": f"{_processor()}, {os.cpu_count()} cores{load}",
+        "python": platform.python_version(),
+        "versions": ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "jaxlib")),
+    }
+
+
+def _processor() -> str:
+    """Returns the model and, where Linux tells them, the matrix extensions of the CPU."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    facts = {key.strip(): value.strip() for key, value in facts.items()}
+    known = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    flags = [flag for flag in known if flag in facts.get("flags", "").split()]
+    return " ".join([facts.get("model name", platform.machine()), *flags])

@@ -1,0 +1,145 @@
+"""`python -m recurrentgemma.train`: pretrains on a corpus, resumes, reports."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from common.data.pipeline import batches, evaluation_batches
+from common.errors import UserError
+from common.launch import Figure, Run, RunFolder, Table, launch, line_from_metrics, write_report
+from common.launch.workdir import write_atomically
+from common.sharding import make_mesh
+from common.train import Trainer, TrainResult, check_config, read_metrics
+from recurrentgemma.config import PRESETS, Config
+from recurrentgemma.data import TextData, check_data, prepare_data
+from recurrentgemma.objective import GriffinTask
+
+EXAMPLES = [
+    "python -m recurrentgemma.train --config=smoke --workdir=runs/smoke",
+    "python -m recurrentgemma.train --config=cpu --workdir=runs/cpu --set train.steps=2000",
+    "python -m recurrentgemma.train --config=cpu --workdir=runs/mine "
+    "--set data.corpus.kind=text --set data.corpus.path='texts/*.txt'",
+]
+# A resumed run may last longer, and log or save at other times.
+MAY_CHANGE = (
+    "train.steps",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_batches",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+)
+
+
+def train(config: Config, workdir: Path, resume_command: str | None = None) -> TrainResult:
+    """Trains in `workdir` from where it stands, and writes the report.
+
+    Raises:
+      UserError: config, corpus, tokenizer, mesh or folder do not fit. What was there stays.
+    """
+    settings = dataclasses.replace(config.train, seed=config.seed)
+    check_config(settings, make_mesh(settings.mesh))
+    check_data(config.data, config.model.vocab_size)
+    folder = RunFolder(workdir)
+    primary = jax.process_index() == 0
+    resumed = folder.open(config, MAY_CHANGE, primary=primary)
+    try:
+        data = prepare_data(
+            config.data, config.model.vocab_size, folder.path, print if primary else _quiet
+        )
+        trainer = Trainer(
+            GriffinTask(config.model, loss_chunk=config.loss_chunk),
+            settings,
+            folder.path,
+            batches(data.train, global_batch=settings.batch_size, seed=config.seed),
+            {"heldout": lambda: evaluation_batches(data.heldout, global_batch=settings.batch_size)},
+            resume_command=resume_command,
+        )
+    except UserError:
+        if primary and not resumed:
+            folder.abandon()
+        raise
+    result = trainer.run()
+    if primary and not result.preempted:
+        _report(config, data, folder, result)
+    folder.close()
+    return result
+
+
+def _report(config: Config, data: TextData, folder: RunFolder, result: TrainResult) -> None:
+    """Writes curves and the table of results, and prints the headline."""
+    rows = read_metrics(folder.path)
+    unigram = data.unigram_loss()
+    heldout = result.metrics["eval/heldout/loss"]
+    train_line = line_from_metrics(rows, "loss", "training")
+    curves = Figure(
+        "loss",
+        "Loss",
+        "step",
+        "nats per token",
+        [
+            train_line,
+            line_from_metrics(rows, "eval/heldout/loss", "held-out"),
+            dataclasses.replace(
+                train_line, label="unigram, held-out", y=[unigram] * len(train_line.x), dashed=True
+            ),
+        ],
+        caption="The dashed line is the held-out loss of token frequencies alone.",
+    )
+    tokens = result.step * config.train.batch_size * config.data.sequence_length
+    table = Table(
+        "Result",
+        ("measure", "value"),
+        [
+            ("parameters", f"{config.model.num_parameters():,}"),
+            ("steps", f"{result.step:,}"),
+            ("tokens trained on", f"{tokens:,}"),
+            ("held-out loss, nats per token", f"{heldout:.4f}"),
+            ("held-out perplexity", f"{math.exp(min(heldout, 50.0)):.2f}"),
+            ("unigram loss, nats per token", f"{unigram:.4f}"),
+        ],
+    )
+    write_report(
+        folder.report,
+        "RecurrentGemma training run",
+        text=f"Trained on the {config.data.corpus.kind} corpus; settings in ../config.json.",
+        tables=[table],
+        figures=[curves],
+    )
+    results = {"step": result.step, "heldout_loss": heldout, "unigram_loss": unigram}
+    write_atomically(folder.report / "summary.json", json.dumps(results, indent=2) + "\n")
+    print(f"report: {folder.report / 'README.md'}")
+    print(
+        f"held-out loss {heldout:.4f} nats per token after {tokens:,} tokens; "
+        f"token frequencies alone {unigram:.4f}"
+    )
+
+
+def _quiet(text: str) -> None:
+    """Says nothing: the first process speaks for all."""
+
+
+def _main(run: Run) -> None:
+    assert run.workdir is not None
+    train(run.config, run.workdir, run.command)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the launcher."""
+    launch(
+        _main,
+        package="recurrentgemma",
+        verb="train",
+        description="Pretrains a RecurrentGemma; the same command again resumes.",
+        examples=EXAMPLES,
+        presets=PRESETS,
+        argv=argv,
+    )
+
+
+if __name__ == "__main__":
+    main()
