@@ -1,4 +1,4 @@
-"""RecurrentGemma and Griffin: linear recurrences with local attention, decoding in a fixed-size state."""
+"""RecurrentGemma and Griffin: linear recurrence, local attention, a state of fixed size."""
 
 from recurrentgemma.chat import chat_prompt
 from recurrentgemma.checkpoint import load, save

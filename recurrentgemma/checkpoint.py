@@ -172,7 +172,7 @@ def _fill(graphdef: nnx.GraphDef, state: Any, params: dict[str, Any]) -> Griffin
 def _load_release(path: Path, build) -> Griffin:
     """The original release: a flax tree `{"params": …}` or torch's dotted state dict."""
     reader = subtree(open_checkpoint(path), "params/", "model.", "state_dict.")
-    torch = "embedder.input_embedding" in reader.keys()
+    torch = "embedder.input_embedding" in set(reader.keys())
     separator = "." if torch else "/"
     config = convert.config_from_shapes(reader, separator, torch)
     rows = functools.partial(convert.release_rows, separator=separator, torch=torch)

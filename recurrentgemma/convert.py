@@ -27,7 +27,7 @@ HUGGINGFACE_TIED = ("lm_head.weight",)
 
 
 def _blocks(config: GriffinConfig) -> Iterator[tuple[int, Mixer, str, int | None]]:
-    """Yields each block's number, mixer, path in our tree and index in the stack (None: unstacked)."""
+    """Yields each block's number, mixer, path in our tree, and index in the stack if it is in it."""
     size = len(config.pattern)
     stacked = config.num_layers // size * size
     for layer, mixer in enumerate(config.mixers()):
@@ -82,7 +82,7 @@ def huggingface_rows(config: GriffinConfig) -> list[Row]:
 
 
 def release_rows(config: GriffinConfig, *, separator: str = "/", torch: bool = False) -> list[Row]:
-    """Key map of the original release's parameter tree, flax (`blocks.0/…`) or torch (`blocks.0.…`).
+    """Key map of the original release's tree, flax (`blocks.0/…`) or torch (`blocks.0.…`).
 
     Args:
       config: the model's shape.
@@ -144,7 +144,9 @@ def config_from_huggingface(data: dict[str, Any], where: str) -> GriffinConfig:
     if data.get("model_type", "recurrent_gemma") != "recurrent_gemma":
         raise UserError(f"{where} describes a {data['model_type']!r} model, not a recurrent_gemma")
     if data.get("attention_bias"):
-        raise UserError(f"{where}: biases of the attention inputs (attention_bias) are not supported")
+        raise UserError(
+            f"{where}: biases of the attention inputs (attention_bias) are not supported"
+        )
     activation = data.get("hidden_activation") or "gelu_pytorch_tanh"
     if activation != "gelu_pytorch_tanh":
         raise UserError(f"{where}: hidden_activation {activation!r} is not supported")
@@ -216,9 +218,9 @@ def config_to_huggingface(config: GriffinConfig, dtype: str) -> dict[str, Any]:
 
 
 def config_from_shapes(reader: TensorReader, separator: str, torch: bool) -> GriffinConfig:
-    """The shape that an original release's tensors imply; what shapes cannot tell is RecurrentGemma's.
+    """The shape that an original release's tensors imply.
 
-    That is the window (2048), the embedding's scaling (on) and the logit cap (30).
+    What shapes cannot tell is RecurrentGemma's: window 2048, scaled embedding, logit cap 30.
     """
     names = set(reader.keys())
 

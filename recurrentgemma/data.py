@@ -1,4 +1,4 @@
-"""The text a run trains on: one corpus, its tokenizer, packed rows for training and for evaluation."""
+"""The text a run trains on: a corpus, its tokenizer, packed rows for training and evaluation."""
 
 import dataclasses
 from collections.abc import Callable
@@ -92,9 +92,7 @@ def prepare_data(
             load_tokenizer(config.tokenizer).save(path)
         else:
             say(f"training a tokenizer of {vocab_size} pieces on the {train.kind} corpus")
-    tokenizer = tokenizer_for(
-        train, vocab_size, path, max_characters=config.tokenizer_characters
-    )
+    tokenizer = tokenizer_for(train, vocab_size, path, max_characters=config.tokenizer_characters)
     check_vocabulary(tokenizer, vocab_size)
     cache = folder / "data"
     rows = {}

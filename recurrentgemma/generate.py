@@ -9,10 +9,13 @@ from typing import Any
 
 from absl import flags
 
+from common.data.tokenizers import check_vocabulary, load_tokenizer
 from common.errors import UserError
 from common.generate import generate
 from common.launch import Run, launch
 from common.launch.workdir import write_atomically
+from recurrentgemma.chat import chat_prompt
+from recurrentgemma.checkpoint import load
 
 EXAMPLES = [
     "python -m recurrentgemma.generate --checkpoint=runs/demo --prompt='def main('",
@@ -37,7 +40,7 @@ TOP_K = flags.DEFINE_integer("top_k", None, "draw among the k likeliest tokens",
 TOP_P = flags.DEFINE_float("top_p", None, "draw among the likeliest tokens of mass p", **_own)
 SEED = flags.DEFINE_integer("seed", 0, "of the draws", **_own)
 STOP = flags.DEFINE_multi_string("stop", None, "a text that ends a continuation", **_own)
-CHAT = flags.DEFINE_bool("chat", False, "prompts are messages to an instruction-tuned model", **_own)
+CHAT = flags.DEFINE_bool("chat", False, "prompts are messages to a tuned model", **_own)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "compute dtype", **_own)
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "a SentencePiece model, if not beside", **_own)
 MAX_PROMPT_TOKENS = flags.DEFINE_integer(
@@ -52,11 +55,6 @@ def _main(run: Run) -> None:
     prompts = _prompts()
     if OUTPUT.value is not None and Path(OUTPUT.value).exists():
         raise UserError(f"--output: {OUTPUT.value} exists; nothing is written over")
-    # Late, so that --help and wrong flags answer at once.
-    from common.data.tokenizers import check_vocabulary, load_tokenizer
-    from recurrentgemma.chat import chat_prompt
-    from recurrentgemma.checkpoint import load
-
     model = load(CHECKPOINT.value, dtype=DTYPE.value)
     if TOKENIZER.value is not None:
         model.tokenizer = load_tokenizer(TOKENIZER.value)
@@ -81,7 +79,11 @@ def _main(run: Run) -> None:
     )
     seconds = time.perf_counter() - start
     for prompt, result in zip(prompts, results):
-        print(f"{prompt}\033[1m{result.text}\033[0m" if sys.stdout.isatty() else f"{prompt}{result.text}")
+        print(
+            f"{prompt}\033[1m{result.text}\033[0m"
+            if sys.stdout.isatty()
+            else f"{prompt}{result.text}"
+        )
         print("---")
     if OUTPUT.value is not None:
         lines = [

@@ -1,4 +1,4 @@
-"""Griffin, Hawk and RecurrentGemma: gated linear recurrences mixed with local attention (Griffin, section 2)."""
+"""Griffin, Hawk and RecurrentGemma: gated linear recurrence and local attention (Griffin, 2)."""
 
 import dataclasses
 from typing import Literal

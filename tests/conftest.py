@@ -1,4 +1,4 @@
-"""Shared test setting: eight virtual CPU devices, a persistent compilation cache, parsed absl flags."""
+"""Shared test setting: eight virtual CPU devices, a compilation cache, parsed absl flags."""
 
 import os
 from pathlib import Path

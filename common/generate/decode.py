@@ -42,9 +42,7 @@ def prefill(graphdef: nnx.GraphDef, state: Any, tokens, valid, *, capacity: int)
     return model.prefill(tokens, valid=valid, max_length=capacity, last_only=True)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("graphdef",), donate_argnames=("cache", "logits")
-)
+@functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("cache", "logits"))
 def prefill_more(graphdef: nnx.GraphDef, state: Any, tokens, valid, cache, logits):
     """A further chunk; rows without tokens in it keep their cache and their last logits."""
     model = nnx.merge(graphdef, state)

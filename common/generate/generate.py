@@ -1,6 +1,7 @@
 """Text or tokens in, continuations out: ragged prompts, samplers, per-row stop."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,7 +101,9 @@ def generate(
     )
     tokens, logprobs, lengths = jax.device_get((loop.tokens, loop.logprobs, loop.lengths))
     return [
-        _finish(tokens[r, :n].tolist(), logprobs[r, :n].tolist(), tokenizer, stop_tokens, stop_strings)
+        _finish(
+            tokens[r, :n].tolist(), logprobs[r, :n].tolist(), tokenizer, stop_tokens, stop_strings
+        )
         for r, n in enumerate(lengths[: len(rows)])
     ]
 
@@ -148,7 +151,9 @@ def _split_stop(stop: Stop, default: Sequence[int]) -> tuple[set[int], list[str]
     if stop is None:
         return set(default), []
     items = [stop] if isinstance(stop, int | str) else list(stop)
-    return {s for s in items if not isinstance(s, str)}, [s for s in items if isinstance(s, str) and s]
+    return {s for s in items if not isinstance(s, str)}, [
+        s for s in items if isinstance(s, str) and s
+    ]
 
 
 def _prefill(graphdef, state, rows: list[list[int]], new: int, chunk: int):
@@ -161,9 +166,7 @@ def _prefill(graphdef, state, rows: list[list[int]], new: int, chunk: int):
         tokens[r, : len(row)] = row
         valid[r, : len(row)] = True
     capacity = _next_power_of_two(longest + new)
-    logits, cache = prefill(
-        graphdef, state, tokens[:, :chunk], valid[:, :chunk], capacity=capacity
-    )
+    logits, cache = prefill(graphdef, state, tokens[:, :chunk], valid[:, :chunk], capacity=capacity)
     for start in range(chunk, padded, chunk):
         part = slice(start, start + chunk)
         logits, cache = prefill_more(

@@ -46,9 +46,7 @@ def truncate_logits(logits: jax.Array, top_k: int | None, top_p: float | None) -
     return logits
 
 
-def sample(
-    logits: jax.Array, keys: jax.Array, sampling: Sampling
-) -> tuple[jax.Array, jax.Array]:
+def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
     """Draws one token a row.
 
     Args:

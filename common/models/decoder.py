@@ -1,4 +1,4 @@
-"""Decoder-only Transformer with rotary positions, grouped keys and a gated MLP (the Gemma and Llama shape)."""
+"""Decoder-only Transformer: rotary positions, grouped keys, gated MLP (the Gemma and Llama shape)."""
 
 import dataclasses
 from typing import Literal
@@ -66,7 +66,9 @@ class DecoderConfig:
     def num_parameters(self) -> int:
         """Exact parameter count (embedding and head are one)."""
         d, f = self.width, self.mlp_width
-        attention = 2 * d * self.num_heads * self.head_dim + 2 * d * self.num_kv_heads * self.head_dim
+        attention = (
+            2 * d * self.num_heads * self.head_dim + 2 * d * self.num_kv_heads * self.head_dim
+        )
         return self.vocab_size * d + d + self.num_layers * (2 * d + 3 * d * f + attention)
 
 

@@ -1,4 +1,4 @@
-"""The language model every package shares: embedding, a scanned pattern of blocks, tied head, cached decoding.
+"""The language model every package shares: a scanned pattern of blocks, and cached decoding.
 
 A model is a repeating unit of residual blocks ("recurrent, recurrent, attention", or one attention
 block). The unit is stacked and scanned; what does not fill a whole unit follows unrolled. A family

@@ -170,8 +170,10 @@ def _held_positions(cached: jax.Array, slots: int) -> jax.Array:
     return newest - (newest - slot) % slots
 
 
-def _write(state: AttentionState, k: jax.Array, v: jax.Array, layout: TokenLayout) -> AttentionState:
-    """The ring after the chunk: each slot takes the newest token of the last document that maps to it."""
+def _write(
+    state: AttentionState, k: jax.Array, v: jax.Array, layout: TokenLayout
+) -> AttentionState:
+    """The ring after the chunk: a slot takes the last document's newest token that maps to it."""
     slots, length = state.keys.shape[1], k.shape[1]
     if length == 1 and layout.lengths is None:
         row = jnp.arange(k.shape[0])

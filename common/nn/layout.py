@@ -1,4 +1,4 @@
-"""Where the tokens of a call stand: their positions, documents, padding, and what was cached before.
+"""Where the tokens of a call stand: positions, documents, padding, and what was cached before.
 
 Every temporal mixer (attention, recurrence, convolution) receives one `TokenLayout`, so packing,
 padding and chunked prefill are decided once for a call and mean the same in every layer.

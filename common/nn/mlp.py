@@ -17,7 +17,7 @@ def gelu_tanh(x: jax.Array) -> jax.Array:
 
 
 class GatedMLP(nnx.Module):
-    """`y = (activation(x W[:, 0] + b[0]) * (x W[:, 1] + b[1])) W_down + b_down` (Griffin, section 2.2).
+    """`y = (act(x W[:, 0] + b[0]) * (x W[:, 1] + b[1])) W_down + b_down` (Griffin, section 2.2).
 
     Both halves of the way up are one `kernel [D, 2, F]`, so that they are one matrix product and F
     can still be divided among devices. Index 0 is the gate.

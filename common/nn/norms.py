@@ -8,7 +8,7 @@ from common.nn.param import ones, param, zeros
 
 
 class RMSNorm(nnx.Module):
-    """`x / sqrt(mean(x^2) + eps) * scale`, with `scale` stored around 0 (Gemma) or around 1 (Llama)."""
+    """`x / sqrt(mean(x^2) + eps) * scale`, the scale stored around 0 (Gemma) or 1 (Llama)."""
 
     def __init__(
         self,

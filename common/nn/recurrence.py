@@ -1,4 +1,4 @@
-"""The Real-Gated Linear Recurrent Unit, its short convolution, and the block of the two (Griffin, 2.3-2.4)."""
+"""The Real-Gated Linear Recurrent Unit, its short convolution, their block (Griffin, 2.3-2.4)."""
 
 import dataclasses
 
@@ -51,7 +51,7 @@ sqrt_with_bounded_slope.defvjp(_sqrt_forward, _sqrt_backward)
 
 
 def decay_init(low: float = 0.9, high: float = 0.999) -> Initializer:
-    """Lambda such that the base decay a = exp(-softplus(Lambda)) has a^2 uniform in (low^2, high^2)."""
+    """Lambda with which the base decay a = exp(-softplus(Lambda)) has a^2 uniform in its range."""
 
     def init(key, shape, dtype=jnp.float32):
         square = jax.random.uniform(key, shape, jnp.float32) * (high**2 - low**2) + low**2 + 1e-8
@@ -67,7 +67,12 @@ class CausalConv1D(nnx.Module):
     """
 
     def __init__(
-        self, width: int, *, taps: int = 4, dtype: jax.typing.DTypeLike = jnp.float32, rngs: nnx.Rngs
+        self,
+        width: int,
+        *,
+        taps: int = 4,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
     ):
         self.w = param(rngs, fan_in_normal(0.01), (taps, width), (None, "lru"))
         self.b = param(rngs, zeros, (width,), ("lru",))
@@ -124,8 +129,8 @@ class RGLRU(nnx.Module):
     """Real-Gated Linear Recurrent Unit (Griffin, eq. 1-4).
 
     With v_t the input: r_t, i_t = sigmoid of block-diagonal maps of v_t,
-    `log a_t = -8 r_t softplus(Lambda)` and `h_t = a_t h_{t-1} + sqrt(1 - a_t^2) i_t v_t`. A document
-    starts with `h = i v`, undamped.
+    `log a_t = -8 r_t softplus(Lambda)` and `h_t = a_t h_{t-1} + sqrt(1 - a_t^2) i_t v_t`. A
+    document starts with `h = i v`, undamped.
 
     Attributes:
       a_param: Lambda `[E]`, of the opposite sign to the paper's: a = exp(-softplus(Lambda)).
@@ -150,7 +155,7 @@ class RGLRU(nnx.Module):
     def __call__(
         self, v: jax.Array, layout: TokenLayout, h0: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """`v [B, T, E]`, `h0 [B, E]` fp32 or None -> outputs `[B, T, E]`, last state `[B, E]` fp32."""
+        """`v [B, T, E]`, `h0 [B, E]` fp32 or None -> outputs `[B, T, E]`, last state fp32."""
         a, x = self.coefficients(v, layout)
         if h0 is not None and v.shape[1] == 1:
             h = a[:, 0] * h0 + x[:, 0]
@@ -218,7 +223,7 @@ class RecurrentBlock(nnx.Module):
     def __call__(
         self, x: jax.Array, layout: TokenLayout, state: RecurrentState | None = None
     ) -> tuple[jax.Array, RecurrentState | None]:
-        """`x [B, T, D] -> [B, T, D]` and the state after the last real token (None if none came)."""
+        """`x [B, T, D] -> [B, T, D]` and the state after the last real token; None if none came."""
         y = gelu_tanh(self.linear_y(x).astype(jnp.float32)).astype(self.dtype)
         z = shard(self.linear_x(x), "batch", "seq", "lru")
         u, tail = self.conv(z, layout, None if state is None else state.conv)

@@ -10,7 +10,7 @@ REMAT_POLICIES = ("none", "full", "dots")
 
 
 def stack(build: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
-    """Builds `depth` independent copies as one module whose leaves have a leading axis `[depth, ...]`."""
+    """Builds `depth` independent copies as one module with leaves `[depth, ...]`."""
     return nnx.vmap(build)(rngs.split(depth))
 
 
@@ -19,8 +19,8 @@ def remat(body: Callable[..., Any], policy: str) -> Callable[..., Any]:
 
     Args:
       body: function of arrays and modules.
-      policy: "none" keeps every residual, "full" keeps the inputs alone, "dots" keeps the results of
-        matrix products with parameters and recomputes the cheap rest.
+      policy: "none" keeps every residual, "full" keeps the inputs alone, "dots" keeps the results
+        of matrix products with parameters and recomputes the cheap rest.
     """
     if policy == "none":
         return body

@@ -209,7 +209,9 @@ def test_cache_size_does_not_depend_on_the_text(model, length):
     recurrent, local = 4, 1
     width, head = CONFIG.lru_width, CONFIG.head_dim
     assert state == 4 * (recurrent * (width + 3 * width) + local * 2 * WINDOW * head)
-    grown = jax.eval_shape(lambda: model.extend(jnp.zeros((1, length), int), model.init_cache(1)))[1]
+    grown = jax.eval_shape(lambda: model.extend(jnp.zeros((1, length), int), model.init_cache(1)))[
+        1
+    ]
     assert jax.tree.map(jnp.shape, grown) == jax.tree.map(jnp.shape, cache)
 
 
@@ -297,5 +299,7 @@ class TestGenerate:
     def test_top_k_one_is_greedy(self, model):
         greedy = generate.generate(model, [[3]], max_new_tokens=8, stop=[])
         one = generate.generate(model, [[3]], max_new_tokens=8, stop=[], temperature=2.0, top_k=1)
-        tiny = generate.generate(model, [[3]], max_new_tokens=8, stop=[], temperature=2.0, top_p=1e-6)
+        tiny = generate.generate(
+            model, [[3]], max_new_tokens=8, stop=[], temperature=2.0, top_p=1e-6
+        )
         assert greedy[0].tokens == one[0].tokens == tiny[0].tokens
