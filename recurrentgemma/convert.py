@@ -27,7 +27,7 @@ HUGGINGFACE_TIED = ("lm_head.weight",)
 
 
 def _blocks(config: GriffinConfig) -> Iterator[tuple[int, Mixer, str, int | None]]:
-    """Yields each block's number, mixer, path in our tree, and index in the stack if it is in it."""
+    """Yields each block's number, mixer, path in our tree, and its index in the stack, if any."""
     size = len(config.pattern)
     stacked = config.num_layers // size * size
     for layer, mixer in enumerate(config.mixers()):

@@ -98,9 +98,7 @@ def evaluate(
     starts = np.arange(rows) * length
     table = np.stack([stream[s : s + length + 1] for s in starts])
     padded = np.pad(table, ((0, -rows % batch), (0, 0)), mode="edge")
-    parts = [
-        losses(state, jnp.asarray(padded[i : i + batch])) for i in range(0, len(padded), batch)
-    ]
+    parts = [losses(state, padded[i : i + batch]) for i in range(0, len(padded), batch)]
     nll = np.concatenate([np.asarray(part, np.float64) for part in parts])[:rows]
     text_bytes = sum(len(model.tokenizer.decode(row[1:].tolist()).encode()) for row in table)
     return Score(

@@ -80,6 +80,7 @@ def decode(
       The loop's last state. It holds the cache so that the donated buffers are written in place.
     """
     batch = logits.shape[0]
+    graphdef, state = nnx.split(nnx.merge(graphdef, state).unrolled())
     row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
 
     def emit(loop: LoopState) -> tuple[jax.Array, LoopState]:
@@ -116,9 +117,9 @@ def decode(
         logprobs=jnp.zeros((batch, max_new_tokens), jnp.float32),
         done=jnp.zeros((batch,), bool),
         lengths=jnp.zeros((batch,), jnp.int32),
-        cache=cache,
+        cache=cache.unrolled(),
     )
     loop = jax.lax.while_loop(going, body, loop)
     # The last token is drawn outside: nobody needs the logits behind it.
     _, loop = emit(loop)
-    return loop
+    return dataclasses.replace(loop, cache=loop.cache.stacked_as(cache))

@@ -1,7 +1,6 @@
 """Text or tokens in, continuations out: ragged prompts, samplers, per-row stop."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 

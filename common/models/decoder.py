@@ -1,4 +1,4 @@
-"""Decoder-only Transformer: rotary positions, grouped keys, gated MLP (the Gemma and Llama shape)."""
+"""Decoder-only Transformer: rotary positions, grouped keys, gated MLP (as Gemma and Llama)."""
 
 import dataclasses
 from typing import Literal

@@ -6,6 +6,8 @@ such as Griffin or Gemma differs only in the blocks it builds.
 """
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -48,6 +50,26 @@ class DecodeCache:
     units: Any
     rest: Any
 
+    def unrolled(self) -> "DecodeCache":
+        """The cache that `LanguageModel.unrolled` works on: every block's state an array of its own."""
+        if self.units is None:
+            return self
+        depth = jax.tree.leaves(self.units)[0].shape[0]
+        units = [jax.tree.map(lambda leaf, n=n: leaf[n], self.units) for n in range(depth)]
+        return dataclasses.replace(
+            self, units=None, rest=(*itertools.chain(*units), *(self.rest or ()))
+        )
+
+    def stacked_as(self, like: "DecodeCache") -> "DecodeCache":
+        """Undoes `unrolled`: the same states in the arrangement of `like`."""
+        if like.units is None:
+            return self
+        size, depth = len(like.units), jax.tree.leaves(like.units)[0].shape[0]
+        units = [self.rest[n * size : (n + 1) * size] for n in range(depth)]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *units)
+        rest = self.rest[depth * size :] if like.rest is not None else None
+        return dataclasses.replace(self, units=stacked, rest=rest)
+
 
 @runtime_checkable
 class CausalLM(Protocol):
@@ -67,6 +89,8 @@ class CausalLM(Protocol):
 
     def init_cache(self, batch_size: int, max_length: int | None = None) -> DecodeCache: ...
 
+    def unrolled(self) -> "CausalLM": ...
+
     def extend(
         self,
         tokens: jax.Array,
@@ -79,8 +103,8 @@ class CausalLM(Protocol):
 class Unit(nnx.Module):
     """The blocks of one repetition of the pattern."""
 
-    def __init__(self, pattern: Sequence[BuildBlock], *, rngs: nnx.Rngs):
-        self.blocks = nnx.List([build(rngs) for build in pattern])
+    def __init__(self, blocks: Sequence[nnx.Module]):
+        self.blocks = nnx.List(blocks)
 
     def __call__(
         self, x: jax.Array, layout: TokenLayout, states: Sequence[Any]
@@ -132,8 +156,8 @@ class LanguageModel(nnx.Module):
             vocab_size, width, scale_by_sqrt_width=scale_embedding, dtype=dtype, rngs=rngs
         )
         depth, remainder = divmod(num_layers, len(pattern))
-        self.units = stack(lambda r: Unit(pattern, rngs=r), depth, rngs) if depth else None
-        self.rest = Unit(pattern[:remainder], rngs=rngs) if remainder else None
+        self.units = stack(functools.partial(_build_unit, pattern), depth, rngs) if depth else None
+        self.rest = _build_unit(pattern[:remainder], rngs) if remainder else None
         self.final_norm = RMSNorm(
             width, epsilon=norm_epsilon, zero_centred=zero_centred_norm, rngs=rngs
         )
@@ -195,6 +219,27 @@ class LanguageModel(nnx.Module):
         rest = None if self.rest is None else self.rest.init_states(batch_size, capacity)
         count = jnp.zeros((batch_size,), jnp.int32)
         return DecodeCache(count, count, units, rest)
+
+    def unrolled(self) -> "LanguageModel":
+        """The same model without a stack: every block has arrays of its own. For decode loops.
+
+        A scan slices each layer's weights and states out of their stack, and copies them to do so.
+        Beside a chunk of tokens that is nothing; for one token it is several times the work itself.
+        Unrolled outside of the loop, it is done once. Takes caches that are `unrolled` too.
+        """
+        model = nnx.merge(*nnx.split(self))
+        if model.units is None:
+            return model
+        graphdef, state = nnx.split(model.units)
+        units = [
+            nnx.merge(graphdef, jax.tree.map(lambda leaf, n=n: leaf[n], state))
+            for n in range(model.num_units)
+        ]
+        blocks = [block for unit in units for block in unit.blocks]
+        if model.rest is not None:
+            blocks += model.rest.blocks
+        model.units, model.num_units, model.rest = None, 0, nnx.data(Unit(blocks))
+        return model
 
     def prefill(
         self,
@@ -275,6 +320,10 @@ class LanguageModel(nnx.Module):
             tail = remat(lambda x, rest: rest(x, layout, states), self.remat_policy)
             x, rest = tail(x, self.rest)
         return self.final_norm(x), (units, rest)
+
+
+def _build_unit(pattern: Sequence[BuildBlock], rngs: nnx.Rngs) -> Unit:
+    return Unit([build(rngs) for build in pattern])
 
 
 def _rotate(x: jax.Array, shift: jax.Array) -> jax.Array:

@@ -132,7 +132,8 @@ class Attention(nnx.Module):
             allowed &= held > position - self.window
         keys, values = state.keys.astype(self.dtype), state.values.astype(self.dtype)
         wide = {"preferred_element_type": jnp.float32}
-        old = jnp.einsum("bkgh,brkh->bkgr", q, keys, **wide)
+        # The ring as the left operand is read as it lies; as the right one it would be transposed.
+        old = jnp.swapaxes(jnp.einsum("brkh,bkgh->bkrg", keys, q, **wide), 2, 3)
         own = jnp.einsum("bkgh,bkh->bkg", q, k[:, 0], **wide)[..., None]
         logits = jnp.concatenate([old, own], axis=-1) * self.head_dim**-0.5
         if self.softcap is not None:

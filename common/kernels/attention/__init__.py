@@ -4,6 +4,8 @@ One function, `attention`; what runs underneath is chosen by `implementation`. I
 the arrays with grouped heads, `[B, K, G, T, h]` against `[B, K, S, h]`, and `Options`.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -55,33 +57,30 @@ def attention(
     _check_arrays(q, k, v)
     batch, queries, heads, width = q.shape
     keys, kv_heads = k.shape[1:3]
-    before, after = _bounds(causal, window)
     options = Options(
-        scale=float(width**-0.5 if scale is None else scale),
-        softcap=None if softcap is None else float(softcap),
-        before=before,
-        after=after,
+        float(width**-0.5 if scale is None else scale),
+        None if softcap is None else float(softcap),
+        *_bounds(causal, window),
     )
     mask = _checked_mask(mask, (batch, heads, queries, keys))
     if mask is not None:
         mask = grouped_mask(mask, kv_heads)
     segments = _checked_segments(segment_ids, batch, queries, keys)
-    name = "xla" if implementation is None else implementation
+    q_grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, width)
+    q_grouped = jnp.transpose(q_grouped, (0, 2, 3, 1, 4))
+    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    out = _implementation(implementation)(options, q_grouped, k, v, mask, segments)
+    return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(q.shape)
+
+
+def _implementation(name: str | None) -> Callable[..., jax.Array]:
+    name = "xla" if name is None else name
     if name not in _IMPLEMENTATIONS:
         known = ", ".join(_IMPLEMENTATIONS)
         raise UserError(
             f"attention has no implementation '{name}' here; choose one of {known}, or None"
         )
-    q_grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, width)
-    out = _IMPLEMENTATIONS[name](
-        options,
-        jnp.transpose(q_grouped, (0, 2, 3, 1, 4)),
-        jnp.swapaxes(k, 1, 2),
-        jnp.swapaxes(v, 1, 2),
-        mask,
-        segments,
-    )
-    return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(q.shape)
+    return _IMPLEMENTATIONS[name]
 
 
 def _bounds(causal: bool, window: int | tuple[int, int] | None) -> tuple[int | None, int | None]:
