@@ -40,9 +40,13 @@ def start_writing(path: Path, tree: Any, information: dict[str, Any]) -> Callabl
       path: the folder; must not exist.
       tree: pytree of arrays (PRNG keys too), to be read back by `read`.
       information: JSON-able, kept in the record.
+
+    Raises:
+      TypeError: `information` is not JSON-able.
     """
     from orbax.checkpoint import v1 as ocp
 
+    information = json.loads(_dump(information))  # A copy, and refused now rather than later.
     leaves = _named_leaves(tree, _plain)
     record = {
         **information,
@@ -99,7 +103,10 @@ def read(path: Path, abstract: Any, cast: bool = False) -> tuple[Any, dict[str, 
     for name, value in fingerprints(loaded).items():
         if value != record["arrays"][name]["sum"]:
             raise DamagedError(f"array '{name}' has another checksum than when it was saved")
-    leaves = [loaded[name].astype(leaf.dtype) for name, leaf in wanted.items()]
+    leaves = [
+        loaded[name] if loaded[name].dtype == leaf.dtype else loaded[name].astype(leaf.dtype)
+        for name, leaf in wanted.items()
+    ]
     return _rebuild(abstract, leaves), record
 
 

@@ -1,5 +1,6 @@
 """Noticing that the run shall stop, at the same step in every process."""
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -46,3 +47,5 @@ class Preemption:
             self.__exit__()
             signal.raise_signal(number)
         self._asked = True
+        # Not `print`, which may be what the signal has interrupted.
+        os.write(2, b"\nstopping after this step (a second signal stops at once)\n")

@@ -11,9 +11,10 @@ LINE_SECONDS = 10.0  # Between lines where there is no terminal.
 class Progress:
     """Shows step, loss, rate, time left and, on accelerators, MFU."""
 
-    def __init__(self, step: int, steps: int, *, active: bool = True):
+    def __init__(self, step: int, steps: int, *, unit: str = "tokens", active: bool = True):
         self._active = active
         self._steps = steps
+        self._unit = unit
         self._first: tuple[int, float] | None = None  # Step and time of the first update.
         self._printed = 0.0
         self._bar: Any = None
@@ -27,7 +28,7 @@ class Progress:
         if not self._active:
             return
         if self._bar is not None:
-            self._bar.set_postfix_str(_summary(values), refresh=False)
+            self._bar.set_postfix_str(self._summary(values), refresh=False)
             self._bar.update(step - self._bar.n)
             return
         now = time.perf_counter()
@@ -39,7 +40,7 @@ class Progress:
         if step > first_step:
             seconds = (now - first_time) / (step - first_step) * (self._steps - step)
             left = f"  {_duration(seconds)} left"
-        self._print(f"step {step}/{self._steps}  {_summary(values)}{left}")
+        self._print(f"step {step}/{self._steps}  {self._summary(values)}{left}")
 
     def say(self, text: str) -> None:
         """Prints a line without tearing the bar."""
@@ -51,27 +52,25 @@ class Progress:
             self._bar.close()
             self._bar = None
 
+    def _summary(self, values: Mapping[str, float | int]) -> str:
+        parts = [f"loss {values['loss']:.4f}"]
+        for name, value in values.items():
+            match name.split("/"):
+                case ["eval", *_, "loss"]:
+                    parts.append(f"{name.removeprefix('eval/')} {value:.4f}")
+                case ["perf", "steps_per_second"]:
+                    parts.append(f"{value:.3g} steps/s")
+                case ["perf", rate] if rate == f"{self._unit}_per_second":
+                    parts.append(f"{_thousands(value)} {self._unit}/s")
+                case ["perf", "mfu"]:
+                    parts.append(f"MFU {value:.1%}")
+        return "  ".join(parts)
+
     def _print(self, text: str) -> None:
         if self._bar is not None:
             self._bar.write(text)
         else:
             print(text, flush=True)
-
-
-def _summary(values: Mapping[str, float | int]) -> str:
-    parts = [f"loss {values['loss']:.4f}"]
-    parts += [
-        f"{name.removeprefix('eval/')} {value:.4f}"
-        for name, value in values.items()
-        if name.startswith("eval/") and name.endswith("/loss")
-    ]
-    if "perf/steps_per_second" in values:
-        rate = values["perf/steps_per_second"]
-        parts.append(f"{rate:.3g} steps/s")
-        parts.append(f"{_thousands(values['perf/weight_per_second'])} tokens/s")
-    if "perf/mfu" in values:
-        parts.append(f"MFU {values['perf/mfu']:.1%}")
-    return "  ".join(parts)
 
 
 def _thousands(value: float) -> str:

@@ -101,8 +101,10 @@ def init_state(
     params, rest = parts.fresh()
     if initial_params is not None:
         params = initial_params
+    # A weakly typed parameter would promote otherwise after it has been restored.
+    params, rest = jax.tree.map(_strongly_typed, (params, rest))
     trained, _ = parts.split_trained(params)
-    extra = parts.task.init_extra(params)
+    extra = jax.tree.map(_strongly_typed, parts.task.init_extra(params))
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, optimizer.init(trained), rest, extra, zero, zero)
 
@@ -144,6 +146,11 @@ def abstract_train_state(
 def shardings_of(abstract: Any) -> Any:
     """Returns the shardings that a tree of `jax.ShapeDtypeStruct` carries."""
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def _strongly_typed(leaf: jax.Array) -> jax.Array:
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return leaf if is_key else jax.lax.convert_element_type(leaf, leaf.dtype)
 
 
 def _shardings_of_mirror(

@@ -35,6 +35,7 @@ class Task(abc.ABC):
     """One training objective. `build` and `loss` are what a paper must write."""
 
     rules: Rules = DEFAULT_RULES
+    unit: str = "tokens"  # What the weights of a batch count.
 
     @abc.abstractmethod
     def build(self, rngs: nnx.Rngs) -> nnx.Module:

@@ -146,6 +146,7 @@ class Trainer:
         self.workdir = Path(workdir)
         self.store = CheckpointStore(self.workdir / "checkpoints", config.keep_checkpoints)
         self.mesh = make_mesh(config.mesh, devices)
+        self._batch_sharding = batch_sharding(self.mesh)
         self.state: TrainState | None = None
         self._batches = train_batches
         self._eval_sets = dict(eval_sets or {})
@@ -175,9 +176,12 @@ class Trainer:
             self.workdir.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             stack.callback(self.store.wait)
-            self._writer = MetricsWriter(self.workdir, step, active=self._main)
+            with self._goodput.phase("init"):
+                self._writer = MetricsWriter(self.workdir, step, active=self._main)
             stack.callback(self._writer.close)
-            self._progress = Progress(step, self.config.steps, active=self._main)
+            self._progress = Progress(
+                step, self.config.steps, unit=self.task.unit, active=self._main
+            )
             stack.callback(self._progress.close)
             self._introduce(step)
             step, preempted = self._train(step)
@@ -221,7 +225,7 @@ class Trainer:
         The order inside the loop is what exact resume rests on: do not change it.
         """
         config = self.config
-        self._rate = RateMeter()
+        self._rate = RateMeter(self._goodput, self.task.unit)
         previous: tuple[int, Any] | None = None
         compiled = None
         with Preemption() as preemption:
@@ -237,7 +241,7 @@ class Trainer:
                         self._report(*previous)
                     previous = (step, metrics)
                 last = step == config.steps
-                evaluating = last or _due(step, config.eval_every)
+                evaluating = bool(self._eval_sets) and (last or _due(step, config.eval_every))
                 results = self._evaluate(previous) if evaluating else {}
                 stopping = preemption.reached(step)
                 if last or stopping or evaluating or _due(step, config.checkpoint_every):
@@ -260,14 +264,15 @@ class Trainer:
             ) from None
 
     def _place(self, batch: HostBatch) -> Mapping[str, jax.Array]:
-        sharding = batch_sharding(self.mesh)
         rows = len(next(iter(batch.values()))) * jax.process_count()
         if rows % batch_shards(self.mesh):
             raise UserError(
                 f"a batch of {rows} rows does not divide among {batch_shards(self.mesh)} devices"
             )
+        if jax.process_count() == 1:
+            return jax.device_put(dict(batch), self._batch_sharding)
         return {
-            name: jax.make_array_from_process_local_data(sharding, np.asarray(value))
+            name: jax.make_array_from_process_local_data(self._batch_sharding, np.asarray(value))
             for name, value in batch.items()
         }
 
@@ -297,7 +302,7 @@ class Trainer:
             )
         if not (results or step == self.config.steps or _due(step, self.config.log_every)):
             return
-        seconds, rates = self._rate.take(self._goodput)
+        seconds, rates = self._rate.take()
         used = utilisation(self._flops, seconds, self.mesh.devices.flatten().tolist())
         values |= rates | ({} if used is None else {"perf/mfu": used}) | dict(results or {})
         self._writer.write(step, values)

@@ -145,3 +145,20 @@ def test_gradients_equal(tmp_path):
     expected = reference.model.layers[0].temporal_block.rg_lru.recurrent_param.grad.numpy()
     got = grads["units"]["blocks"][0]["mixer"]["rg_lru"]["a_param"][0]
     np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+def test_torch_release_loads(tmp_path):
+    """The original torch release: dotted names, dense layers transposed, in a zipped pickle."""
+    from common.checkpoint import export_tensors
+    from recurrentgemma.convert import release_rows
+
+    reference = reference_model(7)
+    save_as_released(reference, tmp_path / "hf")
+    model = recurrentgemma.load(tmp_path / "hf")
+    rows = release_rows(model.config, separator=".", torch=True)
+    tensors = export_tensors(nnx.to_pure_dict(nnx.state(model)), rows)
+    state = {name: torch.tensor(values()) for name, values in tensors.items()}
+    torch.save(state, tmp_path / "2b.pt")
+    again = recurrentgemma.load(tmp_path / "2b.pt")
+    tokens = np.arange(8)[None]
+    np.testing.assert_array_equal(logits_of(model, tokens), logits_of(again, tokens))

@@ -84,7 +84,7 @@ def test_goodput_adds_up_phases():
 
 def test_lines_where_there_is_no_terminal(capsys):
     progress = Progress(0, 100)
-    values = {"loss": 1.25, "perf/steps_per_second": 2.0, "perf/weight_per_second": 4096.0}
+    values = {"loss": 1.25, "perf/steps_per_second": 2.0, "perf/tokens_per_second": 4096.0}
     progress.update(10, values)
     progress.update(11, values)  # Too soon after the first.
     progress.update(100, {**values, "perf/mfu": 0.415, "eval/heldout/loss": 2.5}, force=True)

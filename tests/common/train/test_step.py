@@ -183,6 +183,25 @@ def test_nothing_to_train_is_an_error():
         ModelParts(Frozen(), 0)
 
 
+def test_no_array_of_the_state_is_weakly_typed():
+    class Weak(TinyTask):
+        def build(self, rngs: nnx.Rngs) -> nnx.Module:
+            model = super().build(rngs)
+            model.gain = nnx.Param(jnp.asarray(1.0))
+            model.noise = nnx.Dropout(0.1, rngs=rngs)
+            return model
+
+        def init_extra(self, params: Any) -> Any:
+            return {"gain": jnp.asarray(2.0)}
+
+    parts = ModelParts(Weak(), 0)
+    assert parts.fresh()[0]["gain"].weak_type
+    state = jax.eval_shape(
+        lambda: init_state(parts, make_optimizer(OptimizerConfig(), 5, parts.decays))
+    )
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(state))
+
+
 def test_decay_takes_matrices_and_not_stacked_vectors():
     decays = ModelParts(TinyTask(), 0).decays
     assert decays == {"blocks": {"down": True, "scale": False, "up": True}, "embed": True}
