@@ -24,8 +24,12 @@ EXAMPLES = [
     "python -m recurrentgemma.train --config=cpu --workdir=runs/mine "
     "--set data.corpus.kind=text --set data.corpus.path='texts/*.txt'",
 ]
-# A resumed run may last longer, and log or save at other times.
+# A resumed run may last longer, log or save at other times, and run on other devices.
 MAY_CHANGE = (
+    "loss_chunk",
+    "model.remat",
+    "train.accumulation",
+    "train.mesh",
     "train.steps",
     "train.log_every",
     "train.eval_every",
