@@ -215,6 +215,7 @@ class Trainer:
             init = jax.jit(
                 lambda params: init_state(self._parts, optimizer, params),
                 out_shardings=shardings_of(abstract),
+                compiler_options=_quick_compilation(self.mesh),
             )
             self.state = jax.block_until_ready(init(params))
         return 0
@@ -355,6 +356,12 @@ class Trainer:
     def _tell(self, text: str) -> None:
         if self._main:
             print(text, flush=True)
+
+
+def _quick_compilation(mesh: jax.sharding.Mesh) -> dict[str, Any] | None:
+    """Options for a program that runs once: on CPU optimising it takes longer than running it."""
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return {"xla_backend_optimization_level": 0} if on_cpu else None
 
 
 def check_config(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
