@@ -79,9 +79,7 @@ def last_logits(config, params, tokens: np.ndarray) -> np.ndarray:
 def generate(config, params, tokens: np.ndarray, setting: dict):
     """The Sampler's two compiled functions; the second one alone is timed for decoding."""
     dtype = jnp.dtype(setting["dtype"])
-    model = griffin.Griffin(
-        config, gradient_checkpointing=False, dtype=dtype, param_dtype=dtype
-    )
+    model = griffin.Griffin(config, gradient_checkpointing=False, dtype=dtype, param_dtype=dtype)
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     sampler = griffin.Sampler(model, VOCABULARY, params)
     batch, length = tokens[:, :-1].shape

@@ -51,7 +51,7 @@ class DecodeCache:
     rest: Any
 
     def unrolled(self) -> "DecodeCache":
-        """The cache that `LanguageModel.unrolled` works on: every block's state an array of its own."""
+        """The cache for an `unrolled` model: every block's state an array of its own."""
         if self.units is None:
             return self
         depth = jax.tree.leaves(self.units)[0].shape[0]

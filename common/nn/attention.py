@@ -126,8 +126,9 @@ class Attention(nnx.Module):
         group = self.num_heads // self.num_kv_heads
         q = q.reshape(batch, self.num_kv_heads, group, self.head_dim)
         position = layout.positions[:, :1]
-        held = _held_positions(layout.cached, slots)  # [B, R]
-        allowed = (held >= layout.first[:, None]) & (layout.segments[:, :1] == 0)
+        cached, first, segments = _continued(layout)
+        held = _held_positions(cached, slots)  # [B, R]
+        allowed = (held >= first[:, None]) & (segments[:, :1] == 0)
         if self.window is not None:
             allowed &= held > position - self.window
         keys, values = state.keys.astype(self.dtype), state.values.astype(self.dtype)
@@ -148,9 +149,10 @@ class Attention(nnx.Module):
     def _attend_chunk(self, q, k, v, layout: TokenLayout, state: AttentionState) -> jax.Array:
         """A chunk of queries against the ring, unrolled oldest first, and the chunk itself."""
         slots = state.keys.shape[1]
-        order = (layout.cached[:, None] + jnp.arange(slots)[None]) % slots  # [B, R]
-        held = layout.cached[:, None] - slots + jnp.arange(slots)[None]
-        owner = jnp.where(held >= layout.first[:, None], 0, -1)
+        cached, first, segments = _continued(layout)
+        order = (cached[:, None] + jnp.arange(slots)[None]) % slots  # [B, R]
+        held = cached[:, None] - slots + jnp.arange(slots)[None]
+        owner = jnp.where(held >= first[:, None], 0, -1)
         old_k = jnp.take_along_axis(state.keys, order[..., None, None], axis=1)
         old_v = jnp.take_along_axis(state.values, order[..., None, None], axis=1)
         return attention(
@@ -160,8 +162,15 @@ class Attention(nnx.Module):
             causal=True,
             window=self.window,
             softcap=self.softcap,
-            segment_ids=(layout.segments, jnp.concatenate([owner, layout.segments], axis=1)),
+            segment_ids=(segments, jnp.concatenate([owner, segments], axis=1)),
         )
+
+
+def _continued(layout: TokenLayout) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`(cached, first, segments)` of a layout that continues a cache."""
+    if layout.cached is None or layout.first is None or layout.segments is None:
+        raise ValueError("a cache was given, but the layout is one of whole sequences")
+    return layout.cached, layout.first, layout.segments
 
 
 def _held_positions(cached: jax.Array, slots: int) -> jax.Array:
@@ -182,7 +191,8 @@ def _write(
         keys = state.keys.at[row, slot].set(k[:, 0].astype(state.keys.dtype))
         values = state.values.at[row, slot].set(v[:, 0].astype(state.values.dtype))
         return AttentionState(keys, values)
-    lengths = jnp.full_like(layout.cached, length) if layout.lengths is None else layout.lengths
+    cached, _, _ = _continued(layout)
+    lengths = jnp.full_like(cached, length) if layout.lengths is None else layout.lengths
     last = jnp.clip(lengths - 1, 0)[:, None]  # [B, 1]
     newest = jnp.take_along_axis(layout.positions, last, axis=1)
     held = newest - (newest - jnp.arange(slots)[None]) % slots  # [B, R]

@@ -326,6 +326,7 @@ class Trainer:
             self.store.save(step, self.state, self._batches.get_state())
 
     def _introduce(self, step: int) -> None:
+        assert self.state is not None
         count = sum(math.prod(x.shape) for x in jax.tree.leaves(self.state.params))
         mesh = " × ".join(f"{name} {size}" for name, size in self.mesh.shape.items() if size > 1)
         say = self._progress.say

@@ -193,5 +193,5 @@ class TestLoadRefuses:
         from common.generate import generate as continue_text
 
         model = recurrentgemma.load(run)
-        with pytest.raises(UserError, match="vocabulary is 0..399"):
+        with pytest.raises(UserError, match=r"vocabulary is 0\.\.399"):
             continue_text(model, [[1, 400]])

@@ -126,13 +126,13 @@ def backward(
     def query_block(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple:
         dq, dk, dv = carry
         q_i, d_out_i = (_take(value, i, tiles.block, axis=-2) for value in (operands.q, d_out))
-        rows = [_take(value, i, tiles.block, axis=-1) for value in (log_sum, delta)]
+        log_sum_i, delta_i = (_take(value, i, tiles.block, axis=-1) for value in (log_sum, delta))
 
         def key_block(j: jax.Array, running: tuple) -> tuple:
             dq_i, dk, dv = running
             k_j, v_j = (_take(value, j, tiles.block, axis=-2) for value in operands[1:3])
             allowed = _allowed(tiles, operands, i, j)
-            parts = tile.gradients(options, (q_i, k_j, v_j), allowed, *rows, d_out_i)
+            parts = tile.gradients(options, (q_i, k_j, v_j), allowed, log_sum_i, delta_i, d_out_i)
             dk = _put(dk, _take(dk, j, tiles.block, axis=-2) + parts[1], j, axis=-2)
             dv = _put(dv, _take(dv, j, tiles.block, axis=-2) + parts[2], j, axis=-2)
             return dq_i + parts[0], dk, dv
