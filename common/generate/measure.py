@@ -1,6 +1,7 @@
 """How fast a language model reads and writes as the context grows, several models in turns."""
 
 import dataclasses
+import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -20,6 +21,8 @@ def median_seconds(
 ) -> dict[K, float]:
     """Times functions that return JAX arrays, in turns, so that a busy machine slows all alike.
 
+    Every turn has an order of its own, so that none always runs on the caches its neighbour left.
+
     Args:
       runs: what to time, by name; the warm-up compiles what is not compiled yet.
       repeats: timed turns.
@@ -29,8 +32,11 @@ def median_seconds(
       The median over the repeats, in seconds.
     """
     seconds: dict[K, list[float]] = {name: [] for name in runs}
+    order = list(runs.items())
+    shuffle = random.Random(0).shuffle
     for turn in range(warmup + repeats):
-        for name, run in runs.items():
+        shuffle(order)
+        for name, run in order:
             start = time.perf_counter()
             jax.block_until_ready(run())
             if turn >= warmup:

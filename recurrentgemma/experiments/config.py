@@ -27,8 +27,8 @@ class SpeedConfig:
     contexts: tuple[int, ...]
     prompts: tuple[int, ...]
     batch_size: int = 1
-    decode_steps: int = 16
-    repeats: int = 7
+    decode_steps: int = 32
+    repeats: int = 9
 
     def __post_init__(self) -> None:
         least = max(self.model.attention_window, self.decode_steps)

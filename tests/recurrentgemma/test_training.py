@@ -146,11 +146,12 @@ def steps_written(folder: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-def test_five_kills_leave_no_trace(tmp_path):
-    """SIGKILL at five random steps, then SIGTERM once: the trace is that of an undisturbed run."""
+@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_kills_leave_no_trace(tmp_path, kills):
+    """SIGKILL at random steps, then SIGTERM once: the trace is that of an undisturbed run."""
     whole = start(tmp_path / "whole")
     assert whole.wait(timeout=300) == 0, whole.stdout.read()
-    moments = sorted(random.Random(0).sample(range(20, 360), 6))
+    moments = sorted(random.Random(0).sample(range(20, 360), kills + 1))
     folder = tmp_path / "killed"
     for number, moment in enumerate(moments):
         process = start(folder)
