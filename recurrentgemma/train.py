@@ -45,7 +45,7 @@ def train(config: Config, workdir: Path, resume_command: str | None = None) -> T
     Raises:
       UserError: config, corpus, tokenizer, mesh or folder do not fit. What was there stays.
     """
-    settings = dataclasses.replace(config.train, seed=config.seed)
+    settings = config.train
     check_config(settings, make_mesh(settings.mesh))
     check_data(config.data, config.model.vocab_size)
     folder = RunFolder(workdir)
@@ -61,6 +61,7 @@ def train(config: Config, workdir: Path, resume_command: str | None = None) -> T
             folder.path,
             batches(data.train, global_batch=settings.batch_size, seed=config.seed),
             {"heldout": lambda: evaluation_batches(data.heldout, global_batch=settings.batch_size)},
+            seed=config.seed,
             resume_command=resume_command,
         )
     except UserError:

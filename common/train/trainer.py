@@ -65,7 +65,6 @@ class TrainConfig:
       steps: length of the run.
       batch_size: rows of a batch over all processes.
       accumulation: micro-batches a batch is worked off in.
-      seed: of parameters and of everything random in a step.
       log_every: steps from one line of `metrics.jsonl` to the next.
       eval_every: steps between evaluations; 0 evaluates at the end alone.
       eval_batches: batches of each evaluation set; 0 takes all.
@@ -81,7 +80,6 @@ class TrainConfig:
     steps: int = 1000
     batch_size: int = 8
     accumulation: int = 1
-    seed: int = 0
     log_every: int = 10
     eval_every: int = 0
     eval_batches: int = 0
@@ -123,6 +121,7 @@ class Trainer:
         train_batches: TrainBatches,
         eval_sets: EvalSets | None = None,
         *,
+        seed: int = 0,
         initial_params: Callable[[PureDict], PureDict] | None = None,
         resume_command: str | None = None,
         devices: list[jax.Device] | None = None,
@@ -133,6 +132,7 @@ class Trainer:
           workdir: the run folder; nothing is written before `run`.
           train_batches: host batches `{name: [B / processes, ...]}`.
           eval_sets: for each name a function that gives finite batches.
+          seed: of parameters and of everything random in a step.
           initial_params: gives a new run's parameters for their `jax.ShapeDtypeStruct`s (with
             shardings), e.g. by `load_params`; by default the task's fresh ones.
           resume_command: printed when a signal stops the run; by default this process's own.
@@ -143,6 +143,7 @@ class Trainer:
         """
         self.task = task
         self.config = config
+        self.seed = seed
         self.workdir = Path(workdir)
         self.store = CheckpointStore(self.workdir / "checkpoints", config.keep_checkpoints)
         self.mesh = make_mesh(config.mesh, devices)
@@ -167,7 +168,7 @@ class Trainer:
         if latest is not None and latest >= self.config.steps and self.store.is_intact(latest):
             return self._tell_finished(latest)
         with self._goodput.phase("init"):
-            self._parts = ModelParts(self.task, self.config.seed)
+            self._parts = ModelParts(self.task, self.seed)
             optimizer = make_optimizer(self.config.optimizer, self.config.steps, self._parts.decays)
             abstract = abstract_train_state(self._parts, optimizer, self.mesh)
             self._make_steps(optimizer, abstract)
@@ -197,7 +198,7 @@ class Trainer:
             learning_rate(config.optimizer, config.steps),
             self.mesh,
             abstract,
-            seed=config.seed,
+            seed=self.seed,
             accumulation=config.accumulation,
             log_param_norm=config.log_param_norm,
         )
@@ -313,7 +314,7 @@ class Trainer:
         """Returns `eval/<set>/<name>` of all sets, for the state after the last step."""
         results: dict[str, float] = {}
         with self._goodput.phase("eval"), self._rate.paused(previous[1]):
-            key = jax.random.fold_in(jax.random.key(self.config.seed), _EVAL_STREAM)
+            key = jax.random.fold_in(jax.random.key(self.seed), _EVAL_STREAM)
             for name, batches in self._eval_sets.items():
                 limit = self.config.eval_batches or None
                 means = evaluate(self._eval_step, self.state, batches(), self._place, key, limit)

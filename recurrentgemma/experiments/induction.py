@@ -42,7 +42,7 @@ def measure_induction(
       `lengths` and, for each model, `accuracy` at each of them; `train_length`, `chance`,
       `parameters`; `steps` and `train_accuracy`, a curve for each model.
     """
-    settings = dataclasses.replace(config.train, seed=seed)
+    settings = config.train
     train_rows = InductionHeads(config.train_length, config.vocabulary, seed=seed)
     shape = dataclasses.replace(config.model, vocab_size=train_rows.vocab_size)
     models = contenders(shape)
@@ -55,6 +55,7 @@ def measure_induction(
             folder,
             batches(train_rows, global_batch=settings.batch_size, seed=seed),
             _evaluation_sets(config, seed),
+            seed=seed,
             resume_command=resume_command,
         )
         accuracy[contender.name] = [

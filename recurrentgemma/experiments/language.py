@@ -1,6 +1,5 @@
 """Held-out loss after equal training, at the training length and beyond it."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +35,14 @@ def measure_language(
     folder.mkdir(parents=True, exist_ok=True)
     data = prepare_data(config.data, config.model.vocab_size, folder, print)
     table = long_rows(data.heldout.store, config.lengths[-1], config.rows)
-    settings = dataclasses.replace(config.train, seed=seed)
+    settings = config.train
     models = contenders(config.model)
     scores = {}
     for contender in models:
         task = ContenderTask(contender, loss_chunk=config.loss_chunk)
         rows = batches(data.train, global_batch=settings.batch_size, seed=seed)
         run = folder / contender.name
-        trained(task, settings, run, rows, resume_command=resume_command)
+        trained(task, settings, run, rows, seed=seed, resume_command=resume_command)
         scores[contender.name] = measured(
             workdir,
             f"language-{contender.name}",

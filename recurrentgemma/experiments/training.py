@@ -28,6 +28,7 @@ def trained(
     batches: TrainBatches,
     eval_sets: EvalSets | None = None,
     *,
+    seed: int = 0,
     resume_command: str | None = None,
 ) -> TrainResult:
     """Trains to the end from where `folder` stands; a finished training is not repeated.
@@ -36,7 +37,9 @@ def trained(
       Stopped: a signal came first.
     """
     print(f"training in {folder}", flush=True)
-    trainer = Trainer(task, config, folder, batches, eval_sets, resume_command=resume_command)
+    trainer = Trainer(
+        task, config, folder, batches, eval_sets, seed=seed, resume_command=resume_command
+    )
     result = trainer.run()
     if result.preempted:
         raise Stopped
