@@ -1,4 +1,4 @@
-"""Serves the public `recurrentgemma` package's model to the benchmark, in that package's environment.
+"""Serves the public `recurrentgemma` package's model to the benchmark, from its own environment.
 
 Run by `recurrentgemma_process.py` as `python -P recurrentgemma_model.py weights.npz SHAPE`; reads
 one JSON command a line, answers with one; imports nothing of this repository.
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
 from recurrentgemma import jax as griffin
 
 # The native scan is unrolled 128 times, which takes XLA's CPU compiler minutes and runs slower;
@@ -133,7 +134,7 @@ def train(config, params, tokens: np.ndarray, setting: dict):
     def run() -> float:
         nonlocal state
         start = time.perf_counter()
-        state, loss = jax.block_until_ready(step(state))
+        state, _ = jax.block_until_ready(step(state))
         return time.perf_counter() - start
 
     return run
