@@ -135,8 +135,8 @@ def smoke() -> ReproduceConfig:
 
     `python -m recurrentgemma.reproduce --config=smoke --workdir=runs/reproduce-smoke`; the state
     stays fixed while the cache grows, decoding stays flat while full attention slows down, and
-    full attention loses beyond its training length. Trainings of a few seconds rank the models'
-    quality by chance.
+    recall beyond the training length is lost by full attention alone. Its loss on text hardly
+    rises beyond that length: 100,000 tokens do not teach it to use more than the last few.
     """
     return ReproduceConfig(
         speed=SpeedConfig(
@@ -152,13 +152,13 @@ def smoke() -> ReproduceConfig:
                 sequence_length=64,
                 tokenizer_characters=300_000,
             ),
-            train=_training(steps=200, batch_size=16, learning_rate=1e-2),
-            multiples=(1, 4, 8),
+            train=_training(steps=200, batch_size=8, learning_rate=1e-2),
+            multiples=(1, 8),
             rows=32,
         ),
         induction=InductionConfig(
-            model=_synthetic_shape(window=16),
-            train=_training(steps=320, batch_size=32, learning_rate=3e-3),
+            model=dataclasses.replace(_synthetic_shape(window=16), num_layers=3),
+            train=_training(steps=320, batch_size=32, learning_rate=5e-3),
             multiples=(1, 2, 4),
             rows=256,
         ),
@@ -260,7 +260,7 @@ def _training(*, steps: int, batch_size: int, learning_rate: float) -> TrainConf
         steps=steps,
         batch_size=batch_size,
         log_every=max(1, min(20, steps // 20)),
-        checkpoint_every=max(1, steps // 2),
+        checkpoint_every=max(500, steps // 10),
         keep_checkpoints=1,
         optimizer=OptimizerConfig(learning_rate=learning_rate, warmup_steps=max(1, steps // 20)),
     )

@@ -4,6 +4,8 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from common.models import Decoder, DecoderConfig, LanguageModel
@@ -39,11 +41,16 @@ class Contender:
         """The model without arrays, to ask for shapes."""
         return nnx.eval_shape(lambda: self.build(nnx.Rngs(0)))
 
-    def initialised(self, seed: int) -> LanguageModel:
-        """The model with fresh parameters, made by one compiled function."""
-        graphdef = nnx.split(self.abstract())[0]
-        state = jax.jit(lambda: nnx.split(self.build(nnx.Rngs(seed)))[1])()
-        return nnx.merge(graphdef, state)
+    def filled(self, seed: int) -> LanguageModel:
+        """The model with small random numbers for parameters: all that timing needs.
+
+        Nothing is compiled for it, unlike for the initialisation that training starts from.
+        """
+        graphdef, state = nnx.split(self.abstract())
+        draw = np.random.default_rng(seed).normal
+        return nnx.merge(
+            graphdef, jax.tree.map(lambda x: jnp.asarray(draw(0, 0.05, x.shape), x.dtype), state)
+        )
 
     def num_parameters(self) -> int:
         """Exact parameter count."""

@@ -10,13 +10,13 @@ from recurrentgemma.experiments.contenders import contenders
 
 
 def measure_speed(config: SpeedConfig, seed: int) -> dict[str, Any]:
-    """Times fresh models (weights do not matter to time), all of them in turns.
+    """Times untrained models, all of them in turns.
 
     Returns:
       `contexts` and `decode_seconds` per token (of all rows of the batch), `prompts` and
       `prefill_seconds` per prompt, each a list for each model, and the `device`.
     """
-    models = {c.name: c.initialised(seed) for c in contenders(config.model)}
+    models = {c.name: c.filled(seed) for c in contenders(config.model)}
     print(f"timing decoding at contexts {config.contexts}", flush=True)
     writers = {
         name: Writer(model, config.batch_size, config.decode_steps)

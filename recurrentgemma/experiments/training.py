@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -53,7 +54,7 @@ def load_trained(task: Task, folder: Path, seed: int) -> LanguageModel:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), nnx.to_pure_dict(parts.abstract_params)
     )
     params = load_params(folder / "checkpoints", abstract)
-    return parts.merge(jax.tree.map(lambda x: jax.numpy.asarray(np.asarray(x)), params), {})
+    return parts.merge(jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), params), {})
 
 
 def measured(folder: Path, name: str, measure: Callable[[], Any]) -> Any:

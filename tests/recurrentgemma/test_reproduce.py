@@ -53,7 +53,10 @@ OVERRIDES = [
 
 
 @pytest.mark.smoke
-def test_reproduce(tmp_path, capsys):
+def test_reproduce(tmp_path, capsys, monkeypatch):
+    # Eight virtual devices on the same cores would only compile longer.
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: one)
     folder = tmp_path / "run"
     arguments = [
         "--config=smoke",
@@ -180,7 +183,7 @@ def test_cache_bytes_follow_the_formula(dtype, context):
 
 def test_writer_decodes_greedily_from_the_marked_position():
     contender = contenders(dataclasses.replace(TINY, num_layers=3))[2]
-    model = contender.initialised(0)
+    model = contender.filled(0)
     run = Writer(model, batch_size=2, steps=3).at(16)
     tokens, cache = np.zeros((2, 1), np.int32), model.init_cache(2, 16)
     cache = dataclasses.replace(cache, cached=cache.cached + 13)
@@ -222,7 +225,7 @@ def test_long_rows_stay_within_documents():
 
 
 def test_row_losses_score_every_target_once_at_any_length():
-    model = contenders(TINY)[0].initialised(0)
+    model = contenders(TINY)[0].filled(0)
     table = np.random.default_rng(0).integers(0, TINY.vocab_size, (3, 17)).astype(np.int32)
     logits = np.asarray(jax.nn.log_softmax(model(table[:, 4:8])))
     expected = -np.take_along_axis(logits, table[:, 5:9, None], axis=-1)[..., 0]
@@ -233,7 +236,7 @@ def test_row_losses_score_every_target_once_at_any_length():
 
 
 def test_reader_returns_logits_of_the_last_token():
-    model = contenders(TINY)[1].initialised(0)
+    model = contenders(TINY)[1].filled(0)
     logits, _ = Reader(model, batch_size=2).at(6)()
     tokens = np.broadcast_to(np.arange(6), (2, 6))
     np.testing.assert_allclose(logits, model(tokens)[:, -1], atol=2e-5)
