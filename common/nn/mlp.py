@@ -1,5 +1,6 @@
 """Gated feed-forward layer (GeGLU, SwiGLU)."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -55,5 +56,15 @@ class GatedMLP(nnx.Module):
         both = product(x, self.up[...], self.dtype)  # [B, T, 2, F] fp32
         if self.up_bias is not None:
             both = both + self.up_bias[...].astype(jnp.float32)
-        hidden = (self.activation(both[..., 0, :]) * both[..., 1, :]).astype(self.dtype)
+        hidden = _gate(self.activation, both).astype(self.dtype)
         return self.down(shard(hidden, "batch", "seq", "mlp"))
+
+
+@functools.partial(jax.checkpoint, static_argnums=(0,), prevent_cse=False)
+def _gate(activation: Callable[[jax.Array], jax.Array], both: jax.Array) -> jax.Array:
+    """`[..., 2, F] -> [..., F]`.
+
+    Its few operations are cheaper to repeat in the backward pass than their results are to keep.
+    """
+    gate, linear = jnp.split(both, 2, axis=-2)
+    return jnp.squeeze(activation(gate) * linear, axis=-2)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from common.launch import Figure, Line, Results, Table, write_report
-from recurrentgemma.experiments.contenders import LABELS
+from recurrentgemma.experiments.contenders import ATTENTION, LABELS
 from recurrentgemma.experiments.memory import crossover
 
 Measured = Mapping[str, Any]
@@ -48,7 +48,9 @@ def tables(measured: Measured) -> list[Table]:
                 name: [rate / seconds for seconds in series]
                 for name, series in speed["decode_seconds"].items()
             },
-            note=f"{rate} row(s) at a time, median of turns, {speed['device']}.",
+            note=f"{rate} row(s) at a time, median of turns, {speed['device']}. At the longest "
+            f"context full attention reads its cache at {_cache_rate(measured):.2g} GB/s: as far "
+            "as that is below the memory's rate, the baseline could be faster.",
         ),
         _by_length(
             "Seconds to read a prompt",
@@ -161,6 +163,13 @@ def figures(measured: Measured) -> list[Figure]:
             _lines(induction["steps"], induction["train_accuracy"]),
         ),
     ]
+
+
+def _cache_rate(measured: Measured) -> float:
+    """Gigabytes of cache per second that full attention goes through at the longest context."""
+    speed = measured["speed"]
+    size = speed["batch_size"] * measured["memory"]["bytes"][ATTENTION][-1]
+    return size / speed["decode_seconds"][ATTENTION][-1] / 1e9
 
 
 def _by_length(
