@@ -75,13 +75,13 @@ def demo() -> Config:
         ),
         data=DataConfig(sequence_length=256, tokenizer_characters=3_000_000),
         train=TrainConfig(
-            steps=400,
+            steps=240,
             batch_size=8,
             log_every=5,
-            eval_every=100,
-            eval_batches=16,
-            checkpoint_every=100,
-            optimizer=OptimizerConfig(learning_rate=6e-3, warmup_steps=40),
+            eval_every=80,
+            eval_batches=8,
+            checkpoint_every=80,
+            optimizer=OptimizerConfig(learning_rate=6e-3, warmup_steps=30),
         ),
     )
 

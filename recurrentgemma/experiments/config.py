@@ -166,7 +166,7 @@ def smoke() -> ReproduceConfig:
 
 
 def cpu() -> ReproduceConfig:
-    """Models of 1.5 M parameters, the synthetic task of the specification: 30 minutes, 2 cores.
+    """Models of 1.5 M parameters (5 M for times), the specification's task: 30 minutes, 2 cores.
 
     `python -m recurrentgemma.reproduce --config=cpu --workdir=runs/reproduce-cpu`.
     """
@@ -191,8 +191,9 @@ def cpu() -> ReproduceConfig:
 
 
 def gpu() -> ReproduceConfig:
-    """About 100 M parameters in bfloat16, contexts to 32k: one GPU of 80 GB, about an hour.
+    """About 100 M parameters in bfloat16, contexts to 32k: for one GPU of 80 GB.
 
+    Sized by hand and not timed on a GPU yet.
     `python -m recurrentgemma.reproduce --config=gpu --workdir=runs/reproduce-gpu`. The synthetic
     task has the papers' length (256) and window (128).
     """
