@@ -13,9 +13,9 @@ from common.nn.param import Axes, Initializer, fan_in_normal, param, zeros
 def product(x: jax.Array, kernel: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """`x [..., D] @ kernel [D, ...]` with operands in `dtype` and an fp32 sum; returns fp32.
 
-    Asking for the fp32 result keeps the accumulator visible to what is fused behind it. The gradient
-    is written out because JAX's own multiplies the fp32 cotangent with the `dtype` operand, which
-    accelerators do at fp32 speed, and forms the kernel's gradient transposed.
+    Asking for the fp32 result keeps the accumulator visible to what is fused behind it. The
+    gradient is written out because JAX's own multiplies the fp32 cotangent with the `dtype`
+    operand, which accelerators do at fp32 speed, and forms the kernel's gradient transposed.
     """
     return _dot(x.astype(dtype), kernel.astype(dtype), (x.ndim - 1,), (0,))
 
