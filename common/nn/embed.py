@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from common.nn.linear import product
+from common.nn.linear import tied_product
 from common.nn.param import param
 from common.sharding import shard
 
@@ -36,4 +36,4 @@ class Embedding(nnx.Module):
 
     def decode(self, x: jax.Array) -> jax.Array:
         """`[B, L, D] -> [B, L, V]` logits in fp32."""
-        return shard(product(x, self.table[...].T, self.dtype), "batch", "seq", "vocab")
+        return shard(tied_product(x, self.table[...], self.dtype), "batch", "seq", "vocab")

@@ -43,6 +43,32 @@ def _dot(
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def tied_product(x: jax.Array, table: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """`x [..., D] @ table.T` for a `table [V, D]`, as `product`; returns fp32.
+
+    A function of its own, because `product(x, table.T)` would have a gradient in transposed form,
+    which XLA's CPU backend cannot run with 16-bit operands and an fp32 sum.
+    """
+    return _dot(x.astype(dtype), table.astype(dtype), (x.ndim - 1,), (1,))
+
+
+def _tied_forward(x, table, dtype):
+    return tied_product(x, table, dtype), (x, table)
+
+
+def _tied_backward(dtype, operands, g):
+    x, table = operands
+    g = g.astype(dtype)
+    leading = tuple(range(x.ndim - 1))
+    dx = _dot(g, table.astype(dtype), (g.ndim - 1,), (0,))
+    d_table = _dot(g, x.astype(dtype), leading, leading)
+    return dx.astype(x.dtype), d_table.astype(table.dtype)
+
+
+tied_product.defvjp(_tied_forward, _tied_backward)
+
+
 class Linear(nnx.Module):
     """`y = x W + b` with `kernel [in, out]`, optional `bias [out]`, computed in `dtype`."""
 

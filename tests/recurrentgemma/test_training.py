@@ -1,5 +1,6 @@
 """Training RecurrentGemma on meshes, and through kills."""
 
+import dataclasses
 import json
 import os
 import random
@@ -53,10 +54,11 @@ def batch() -> dict[str, np.ndarray]:
     }
 
 
-def loss_and_gradients(sizes: MeshConfig, devices: int):
+def loss_and_gradients(sizes: MeshConfig, devices: int, dtype: str = "float32", loss_chunk=8):
     """Loss and gradients of one model and batch, computed on a mesh."""
-    task = GriffinTask(CONFIG, loss_chunk=8)
-    graphdef, state = nnx.split(Griffin(CONFIG, rngs=nnx.Rngs(0)))
+    config = dataclasses.replace(CONFIG, dtype=dtype)
+    task = GriffinTask(config, loss_chunk=loss_chunk)
+    graphdef, state = nnx.split(Griffin(config, rngs=nnx.Rngs(0)))
     mesh = make_mesh(sizes, jax.devices()[:devices])
     params = jax.device_put(nnx.to_pure_dict(state), state_shardings(state, mesh, DEFAULT_RULES))
 
@@ -83,6 +85,18 @@ def test_eight_devices_equal_one():
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5 * np.abs(a).max())
 
     jax.tree.map(same, grads, sharded_grads)
+
+
+@pytest.mark.parametrize("loss_chunk", [None, 8])
+def test_bf16_gradients_stay_near_fp32(loss_chunk):
+    """Every product's gradient runs in the compute dtype, on this backend too."""
+    value, grads = loss_and_gradients(MeshConfig(), 1)
+    half_value, half_grads = loss_and_gradients(MeshConfig(), 1, "bfloat16", loss_chunk)
+    np.testing.assert_allclose(half_value, value, rtol=5e-3)
+    flat, half = (
+        np.concatenate([x.ravel() for x in jax.tree.leaves(g)]) for g in (grads, half_grads)
+    )
+    assert np.linalg.norm(half - flat) < 0.05 * np.linalg.norm(flat)
 
 
 def test_what_decays():
