@@ -27,9 +27,9 @@ def _product_forward(x, kernel, dtype):
 def _product_backward(dtype, operands, g):
     x, kernel = operands
     g = g.astype(dtype)
-    leading, trailing = tuple(range(x.ndim - 1)), tuple(range(1, kernel.ndim))
+    trailing = tuple(range(1, kernel.ndim))
     dx = _dot(g, kernel.astype(dtype), tuple(range(x.ndim - 1, g.ndim)), trailing)
-    d_kernel = _dot(x.astype(dtype), g, leading, leading)
+    d_kernel = _sum_of_outer(x.astype(dtype), g, x.ndim - 1)
     return dx.astype(x.dtype), d_kernel.astype(kernel.dtype)
 
 
@@ -41,6 +41,19 @@ def _dot(
 ) -> jax.Array:
     dimensions = ((contract_a, contract_b), ((), ()))
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+def _sum_of_outer(a: jax.Array, b: jax.Array, tokens: int) -> jax.Array:
+    """`a [..., m]`, `b [..., n]` -> `[m, n]` summed over the first `tokens` axes.
+
+    XLA's CPU backend transposes the first operand of such a product in memory. In fp32 that is made
+    the smaller one, and the small result turned instead; in 16 bits the backend lacks that form.
+    """
+    axes = tuple(range(tokens))
+    if a.size <= b.size or a.dtype != jnp.float32:
+        return _dot(a, b, axes, axes)
+    turned = _dot(b, a, axes, axes)
+    return jnp.moveaxis(turned, tuple(range(b.ndim - tokens)), tuple(range(tokens - b.ndim, 0)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -60,9 +73,8 @@ def _tied_forward(x, table, dtype):
 def _tied_backward(dtype, operands, g):
     x, table = operands
     g = g.astype(dtype)
-    leading = tuple(range(x.ndim - 1))
     dx = _dot(g, table.astype(dtype), (g.ndim - 1,), (0,))
-    d_table = _dot(g, x.astype(dtype), leading, leading)
+    d_table = _sum_of_outer(g, x.astype(dtype), x.ndim - 1)
     return dx.astype(x.dtype), d_table.astype(table.dtype)
 
 
