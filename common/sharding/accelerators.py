@@ -11,7 +11,7 @@ class Accelerator:
 
     Attributes:
       name: as topologies name it ("v5e", "h100").
-      kinds: parts of the `device_kind` that JAX reports for it; the first match in the table counts.
+      kinds: parts of the `device_kind` that JAX reports; the first match in the table counts.
       memory: bytes of HBM.
       bandwidth: bytes per second to HBM.
       flops: dense bf16 FLOP per second, fp32 sums.

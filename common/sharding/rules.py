@@ -87,6 +87,11 @@ def use_mesh(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
         _rules.reset(token)
 
 
+def current_rules() -> Rules:
+    """Returns the rules in force."""
+    return _rules.get()
+
+
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:
     """Constrains an activation to lie as its logical axes say; without a mesh, returns it as is.
 
@@ -130,7 +135,7 @@ def partition_spec(
       mesh: the mesh; axes that a `shard_map` around has made manual are left out.
       rules: logical name to mesh axes.
     """
-    return _partition_spec(tuple(axes), tuple(shape), _free_axes(mesh), rules)
+    return _partition_spec(tuple(axes), tuple(shape), free_axes(mesh), rules)
 
 
 def state_shardings(abstract_state: nnx.State, mesh: Mesh, rules: Rules) -> dict[Any, Any]:
@@ -145,7 +150,8 @@ def state_shardings(abstract_state: nnx.State, mesh: Mesh, rules: Rules) -> dict
     return shardings
 
 
-def _free_axes(mesh: Mesh | AbstractMesh) -> tuple[tuple[str, int], ...]:
+def free_axes(mesh: Mesh | AbstractMesh) -> tuple[tuple[str, int], ...]:
+    """Returns name and size of the mesh axes that no `shard_map` around has made manual."""
     types = mesh.axis_types
     sizes = mesh.shape.items()
     return tuple((n, s) for (n, s), kind in zip(sizes, types) if kind != AxisType.Manual)

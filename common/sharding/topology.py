@@ -1,15 +1,15 @@
 """Accelerators that are not here: devices to compile for, and the compilation itself.
 
 A topology is named `<kind>:<shape>`: `v5e:4x4`, `v5p:4x4x4`, `v6e:2x4` (a TPU slice, chips along
-each dimension), `h100:8` (GPUs of one host, or `h100:2x8`: two hosts) or `cpu:8` (virtual devices of
-this process). Its devices compile programs and report their memory; they run nothing.
+each dimension), `h100:8` (GPUs of one host, or `h100:2x8`: two hosts) or `cpu:8` (virtual devices
+of this process). Its devices compile programs and report their memory; they run nothing.
 """
 
 import dataclasses
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -89,7 +89,7 @@ def topology(name: str) -> Topology:
 
 def compile_for(
     where: Topology,
-    function: Callable[..., Any],
+    function: Any,
     *arguments: Any,
     donate_argnums: int | Sequence[int] = (),
     out_shardings: Any = None,
@@ -98,7 +98,7 @@ def compile_for(
 
     Args:
       where: the topology.
-      function: jitted or not.
+      function: a callable, jitted or not.
       arguments: trees of `jax.ShapeDtypeStruct` with shardings on the topology's devices.
       donate_argnums, out_shardings: for a function that is not jitted yet.
     """
@@ -152,18 +152,22 @@ def _described(
     from jax.experimental import topologies
 
     try:
-        description = topologies.get_topology_desc(
-            platform=platform, topology_name=name, **options
-        )
+        description = topologies.get_topology_desc(platform=platform, topology_name=name, **options)
     except Exception as error:  # of many kinds: the plugins raise their own
         text = " ".join(str(error).split())
         if "not found" in text.lower() or isinstance(error, (ImportError, KeyError)):
-            extra = "pip install 'jax[tpu]'" if platform == "tpu" else (
-                "pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt, of jax's own version"
+            extra = (
+                "pip install 'jax[tpu]'"
+                if platform == "tpu"
+                else (
+                    "pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt, of jax's own version"
+                )
             )
             raise UserError(f"the compiler for {kind} is not installed: {extra}") from error
         size = "x".join(map(str, shape))
-        raise UserError(f"no topology {kind}:{size}, as {_example(kind)} is one: {text[:200]}") from error
+        raise UserError(
+            f"no topology {kind}:{size}, as {_example(kind)} is one: {text[:200]}"
+        ) from error
     return tuple(description.devices)
 
 
