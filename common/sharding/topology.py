@@ -129,6 +129,8 @@ def _tpus(kind: str, shape: tuple[int, ...]) -> tuple[jax.Device, ...]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # A compiler takes no chip for itself: several processes may hold one.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     options: dict[str, Any] = {}
     if kind in ("v4", "v5p"):
         options["chip_config_name"] = "megacore"  # one device a chip, as its users know it
