@@ -1,10 +1,13 @@
 """Scaled dot-product attention with grouped heads, windows, soft cap, masks and segments.
 
-One function, `attention`; what runs underneath is chosen by `implementation`. Implementations take
-the arrays with grouped heads, `[B, K, G, T, h]` against `[B, K, S, h]`, and `Options`.
+One function, `attention`, with one gradient rule, which keeps only the output and the log of the
+softmax's denominator; what runs underneath is chosen by `implementation`. Implementations take the
+arrays with grouped heads, `[B, K, G, T, h]` against `[B, K, S, h]`, and `Options`: `forward` and
+`backward` of `xla.py`, `tpu.py` and `gpu.py` have the same signatures.
 """
 
-from collections.abc import Callable
+import functools
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +15,7 @@ import jax.numpy as jnp
 from common.errors import UserError
 from common.kernels.attention import reference, xla
 from common.kernels.attention.options import Options, grouped_mask
-
-_IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention}
+from common.kernels.dispatch import check_implementation, dispatch
 
 
 def attention(
@@ -27,12 +29,14 @@ def attention(
     scale: float | None = None,
     mask: jax.Array | None = None,
     segment_ids: jax.Array | tuple[jax.Array, jax.Array] | None = None,
+    offset: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Returns softmax(q k^T) v for each query head, its keys shared by a group of `H / K` heads.
 
-    The last query stands at the last key: query `t` has the position of key `t + S - T`. Scores
-    and softmax are float32. A query with no allowed key gives zeros, and no gradient.
+    The last query stands at the last key: query `t` has the position of key `t + S - T`, or of
+    key `t + offset`. Scores and softmax are float32. A query with no
+    allowed key gives zeros, and no gradient.
 
     Args:
         q: Queries `[B, T, H, h]`.
@@ -46,7 +50,10 @@ def attention(
         mask: Boolean, broadcastable to `[B, H, T, S]`; True where a query may see a key.
         segment_ids: `[B, S]` for queries and keys alike, or a pair `[B, T]`, `[B, S]`; a query
             sees the keys of its own segment.
-        implementation: "reference", "xla", or None for the fastest of platform and shape.
+        offset: Key position of the first query, an int32 scalar, where the queries are a part of a
+            longer sequence (one device's, say); `S - T` when absent.
+        implementation: "reference", "xla", "tpu", "gpu", or None for the fastest of the platform
+            that the program is compiled for. A kernel named on another platform is interpreted.
 
     Returns:
         `[B, T, H, h]` in the dtype of `q`.
@@ -54,6 +61,7 @@ def attention(
     Raises:
         UserError: A shape, dtype, window or implementation that does not fit.
     """
+    check_implementation("attention", implementation)
     _check_arrays(q, k, v)
     batch, queries, heads, width = q.shape
     keys, kv_heads = k.shape[1:3]
@@ -69,18 +77,71 @@ def attention(
     q_grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, width)
     q_grouped = jnp.transpose(q_grouped, (0, 2, 3, 1, 4))
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    out = _implementation(implementation)(options, q_grouped, k, v, mask, segments)
+    operands = (q_grouped, k, v, mask, segments, offset)
+    if implementation == "reference":
+        out = reference.attention(options, *operands)
+    else:
+        out = _attention(options, implementation, *operands)
     return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(q.shape)
 
 
-def _implementation(name: str | None) -> Callable[..., jax.Array]:
-    name = "xla" if name is None else name
-    if name not in _IMPLEMENTATIONS:
-        known = ", ".join(_IMPLEMENTATIONS)
-        raise UserError(
-            f"attention has no implementation '{name}' here; choose one of {known}, or None"
-        )
-    return _IMPLEMENTATIONS[name]
+_Segments = tuple[jax.Array, jax.Array]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(
+    options: Options,
+    name: str | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    segments: _Segments | None,
+    offset: jax.Array | None,
+) -> jax.Array:
+    return _attention_fwd(options, name, q, k, v, mask, segments, offset)[0]
+
+
+def _attention_fwd(
+    options: Options,
+    name: str | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    segments: _Segments | None,
+    offset: jax.Array | None,
+) -> tuple[jax.Array, tuple]:
+    operands = (q, k, v, mask, segments, offset)
+    forms = {at: functools.partial(f.forward, options) for at, f in _implementations(q, k).items()}
+    out, log_sum = dispatch("attention", name, *operands, **forms)
+    return out, (*operands, out, log_sum)
+
+
+def _attention_bwd(
+    options: Options, name: str | None, residuals: tuple, d_out: jax.Array
+) -> tuple[jax.Array | None, ...]:
+    *operands, out, log_sum = residuals
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    forms = {
+        at: functools.partial(f.backward, options) for at, f in _implementations(*operands[:2]).items()
+    }
+    gradients = dispatch("attention", name, *operands, log_sum, delta, d_out, **forms)
+    return *gradients, None, None, None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _implementations(q: jax.Array, k: jax.Array) -> dict[str, ModuleType]:
+    # Pallas takes half a second to import: only programs with attention pay it.
+    from common.kernels.attention import gpu, tpu
+
+    found = {"xla": xla}
+    for name, kernels in (("tpu", tpu), ("gpu", gpu)):
+        if kernels.supports(q, k):
+            found[name] = kernels
+    return found
 
 
 def _bounds(causal: bool, window: int | tuple[int, int] | None) -> tuple[int | None, int | None]:

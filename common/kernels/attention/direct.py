@@ -16,9 +16,10 @@ def forward(
     v: jax.Array,
     mask: jax.Array | None,
     segments: _Segments | None,
+    offset: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the output `[B, K, G, T, h]` and the log-sum `[B, K, G, T]`."""
-    allowed = allowed_pairs(options, mask, segments, q.shape[-2], k.shape[-2])
+    allowed = allowed_pairs(options, mask, segments, offset, q.shape[-2], k.shape[-2])
     scores = tile.masked(tile.raw_scores(options, q, k), allowed)
     maximum = tile.finite(jnp.max(scores, axis=-1))
     weights = jnp.exp(scores - maximum[..., None])
@@ -34,11 +35,12 @@ def backward(
     v: jax.Array,
     mask: jax.Array | None,
     segments: _Segments | None,
+    offset: jax.Array | None,
     log_sum: jax.Array,
     delta: jax.Array,
     d_out: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns `(dq, dk, dv)`."""
-    allowed = allowed_pairs(options, mask, segments, q.shape[-2], k.shape[-2])
+    allowed = allowed_pairs(options, mask, segments, offset, q.shape[-2], k.shape[-2])
     dq, dk, dv = tile.gradients(options, (q, k, v), allowed, log_sum, delta, d_out)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)

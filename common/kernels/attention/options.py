@@ -10,8 +10,9 @@ import jax.numpy as jnp
 class Options:
     """The static part of one attention call.
 
-    Positions are those of the keys: query `t` of `T` stands at `t + S - T`. It may see the keys
-    from `before` positions behind it to `after` positions ahead of it; None means no bound.
+    Positions are those of the keys: query `t` of `T` stands at `t + offset`, `t + S - T` unless
+    the call says otherwise. It may see the keys from `before` positions behind it to `after`
+    positions ahead of it; None means no bound.
     """
 
     scale: float
@@ -56,11 +57,13 @@ def allowed_pairs(
     options: Options,
     mask: jax.Array | None,
     segments: tuple[jax.Array, jax.Array] | None,
+    offset: jax.Array | None,
     queries: int,
     keys: int,
 ) -> jax.Array | None:
     """Returns all that is allowed, broadcastable to `[B, K, G, T, S]`; None for everything."""
-    allowed = in_window(options, jnp.arange(queries) + keys - queries, jnp.arange(keys))
+    start = keys - queries if offset is None else offset
+    allowed = in_window(options, jnp.arange(queries) + start, jnp.arange(keys))
     if segments is not None:
         allowed = both(allowed, same_segment(*segments))
     return both(allowed, mask)

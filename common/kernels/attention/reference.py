@@ -13,6 +13,7 @@ def attention(
     v: jax.Array,
     mask: jax.Array | None,
     segments: tuple[jax.Array, jax.Array] | None,
+    offset: jax.Array | None,
 ) -> jax.Array:
     """Returns `[B, K, G, T, h]` from q `[B, K, G, T, h]`, k and v `[B, K, S, h]`, all float32."""
     dtype = q.dtype
@@ -20,7 +21,7 @@ def attention(
     scores = options.scale * jnp.einsum("bkgth,bksh->bkgts", q, k)
     if options.softcap is not None:
         scores = options.softcap * jnp.tanh(scores / options.softcap)
-    allowed = allowed_pairs(options, mask, segments, q.shape[-2], k.shape[-2])
+    allowed = allowed_pairs(options, mask, segments, offset, q.shape[-2], k.shape[-2])
     if allowed is None:
         weights = jax.nn.softmax(scores, axis=-1)
     else:

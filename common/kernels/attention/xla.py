@@ -1,12 +1,10 @@
-"""Attention in plain XLA, with a gradient that recomputes the probabilities.
+"""Attention in plain XLA, in one of two forms.
 
-Two forms share one custom gradient, which keeps only the output and the log of the softmax's
-denominator. `direct` holds all scores of the call at once: best while they fit in cache. `blocked`
+`direct` holds all scores of the call at once: best while they fit in cache. `blocked`
 walks over tiles of queries and keys with a running softmax and never visits a tile that the causal
 bound or the window excludes, so that local attention costs O(T * window) work and memory.
 """
 
-import functools
 from types import ModuleType
 
 import jax
@@ -18,53 +16,34 @@ from common.kernels.attention.options import Options
 _Segments = tuple[jax.Array, jax.Array]
 
 
-def attention(
+def forward(
     options: Options,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     mask: jax.Array | None,
     segments: _Segments | None,
-) -> jax.Array:
-    """Returns `[B, K, G, T, h]` from q `[B, K, G, T, h]` and k, v `[B, K, S, h]`."""
-    return _attention(options, q, k, v, mask, segments)
+    offset: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the output `[B, K, G, T, h]` and the log-sum `[B, K, G, T]`."""
+    return _form(options, q, k).forward(options, q, k, v, mask, segments, offset)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(
+def backward(
     options: Options,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     mask: jax.Array | None,
     segments: _Segments | None,
-) -> jax.Array:
-    out, _ = _form(options, q, k).forward(options, q, k, v, mask, segments)
-    return out
-
-
-def _attention_fwd(
-    options: Options,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: jax.Array | None,
-    segments: _Segments | None,
-) -> tuple[jax.Array, tuple]:
-    out, log_sum = _form(options, q, k).forward(options, q, k, v, mask, segments)
-    return out, (q, k, v, mask, segments, out, log_sum)
-
-
-def _attention_bwd(options: Options, residuals: tuple, d_out: jax.Array) -> tuple:
-    q, k, v, mask, segments, out, log_sum = residuals
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    dq, dk, dv = _form(options, q, k).backward(
-        options, q, k, v, mask, segments, log_sum, delta, d_out
-    )
-    return dq, dk, dv, None, None
-
-
-_attention.defvjp(_attention_fwd, _attention_bwd)
+    offset: jax.Array | None,
+    log_sum: jax.Array,
+    delta: jax.Array,
+    d_out: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns `(dq, dk, dv)`."""
+    form = _form(options, q, k)
+    return form.backward(options, q, k, v, mask, segments, offset, log_sum, delta, d_out)
 
 
 def _form(options: Options, q: jax.Array, k: jax.Array) -> ModuleType:
@@ -75,7 +54,7 @@ def _form(options: Options, q: jax.Array, k: jax.Array) -> ModuleType:
     """
     queries, keys = q.shape[-2], k.shape[-2]
     tiles = blocked.tiling(options, queries, keys)
-    if queries <= tiles.block or keys <= tiles.block:
+    if queries <= tiles.block_q or keys <= tiles.block_k:
         return direct
     large = queries * keys >= 512 * 512
     return blocked if tiles.work() <= (1.3 if large else 0.8) else direct

@@ -154,7 +154,7 @@ def test_smoke_attention_values_and_gradients():
 def test_long_causal_takes_wide_tiles():
     arrays = draw(1, 2100, 2100, 1, 1, 4)
     tiles = blocked.tiling(Options(1.0, None, None, 0), 2100, 2100)
-    assert tiles.block == 256
+    assert tiles.block_q == 256
     assert tiles.work() < 0.7
     q, k, v, d_out = (jnp.asarray(value, jnp.float32) for value in arrays)
     both = jax.jit(

@@ -1,0 +1,372 @@
+"""Flash attention for TPUs: the forward kernel and the two of the gradient, in Pallas (Mosaic).
+
+The grid runs over batch, heads and the list of tiles that the window leaves (`cut.visits`, read
+ahead into scalar memory): a tile outside costs neither a step nor a read. Consecutive visits of one
+outer block accumulate in VMEM. Query heads of a group read the same keys; nothing is repeated.
+
+What belongs to queries one number each (log-sum, segments) lies along lanes, `[.., 1, T]`. The
+forward and the dq kernel turn it into columns; the dk/dv kernel works on transposed scores.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from common.kernels import tuning
+from common.kernels.attention import tile
+from common.kernels.attention.cut import ACTIVE, FIRST, LAST, WHOLE, Cut, start, visits
+from common.kernels.attention.operands import Operands, padded
+from common.kernels.attention.options import Options, both
+
+_Segments = tuple[jax.Array, jax.Array]
+_LANES = 128
+
+
+def supports(q: jax.Array, k: jax.Array) -> bool:
+    """Returns whether the kernels take arrays of such shapes."""
+    return q.size > 0 and k.size > 0 and q.shape[-1] <= 256
+
+
+@functools.partial(jax.jit, static_argnames=("options", "interpret"))
+def forward(
+    options: Options,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    segments: _Segments | None,
+    offset: jax.Array | None,
+    *,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the output `[B, K, G, T, h]` and the log-sum `[B, K, G, T]`."""
+    cut = _cut("forward", options, q, k, offset)
+    inputs = padded(cut, _width(q), q, k, v, mask, segments)
+    row = jax.ShapeDtypeStruct((*inputs.q.shape[:3], 1, inputs.q.shape[3]), jnp.float32)
+    out, log_sum = _call(
+        _forward_kernel,
+        cut,
+        inputs,
+        by_keys=False,
+        outputs={"query": inputs.q, "row": row},
+        scratch=[_LANES, _LANES, inputs.q.shape[-1]],
+        interpret=interpret,
+    )
+    queries, width = q.shape[-2:]
+    return out[..., :queries, :width], log_sum[..., 0, :queries]
+
+
+@functools.partial(jax.jit, static_argnames=("options", "interpret"))
+def backward(
+    options: Options,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    segments: _Segments | None,
+    offset: jax.Array | None,
+    log_sum: jax.Array,
+    delta: jax.Array,
+    d_out: jax.Array,
+    *,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns `(dq, dk, dv)`."""
+    width = q.shape[-1]
+    rows = (log_sum * tile.LOG2_E, delta, d_out)
+    cut = _cut("backward_q", options, q, k, offset)
+    inputs = padded(cut, _width(q), q, k, v, mask, segments, *rows)
+    (dq,) = _call(
+        _dq_kernel,
+        cut,
+        inputs,
+        by_keys=False,
+        outputs={"query": inputs.q},
+        scratch=[inputs.q.shape[-1]],
+        interpret=interpret,
+    )
+    cut = _cut("backward_kv", options, q, k, offset)
+    inputs = padded(cut, _width(q), q, k, v, mask, segments, *rows)
+    dk, dv = _call(
+        _dkv_kernel,
+        cut,
+        inputs,
+        by_keys=True,
+        outputs={"key": inputs.k, "value": inputs.v},
+        scratch=[inputs.k.shape[-1]] * 2,
+        interpret=interpret,
+    )
+    keys = k.shape[-2]
+    return dq[..., : q.shape[-2], :width], dk[..., :keys, :width], dv[..., :keys, :width]
+
+
+def _cut(
+    kernel: str, options: Options, q: jax.Array, k: jax.Array, offset: jax.Array | None
+) -> Cut:
+    queries, keys, width = q.shape[-2], k.shape[-2], q.shape[-1]
+    default = {"queries": 512, "keys": 512 if k.dtype.itemsize == 2 or width <= 128 else 256}
+    shape = {"T": queries, "S": keys, "h": width}
+    blocks = tuning.blocks(Path(__file__).parent, kernel, k.dtype, shape, default)
+    # Lanes come in 128, and so do the blocks along them; few queries are one block.
+    block_q = min(blocks["queries"], -(-queries // _LANES) * _LANES)
+    block_k = min(blocks["keys"], -(-keys // _LANES) * _LANES)
+    return Cut(options, block_q, block_k, queries, keys, start(queries, keys, offset))
+
+
+def _width(q: jax.Array) -> int:
+    return next(width for width in (64, 128, 256) if q.shape[-1] <= width)
+
+
+def _call(
+    kernel: Callable[..., None],
+    cut: Cut,
+    inputs: Operands,
+    *,
+    by_keys: bool,
+    outputs: dict[str, Any],
+    scratch: list[int],
+    interpret: bool,
+) -> list[jax.Array]:
+    """Runs a kernel over all visits.
+
+    Args:
+      kernel: takes `_Visit`, `Operands` of refs, then its outputs and scratch.
+      by_keys: whether blocks of keys are the outer ones; the group's heads then lie innermost,
+        since they add to the same gradient.
+      outputs: by their kind of block ("query", "key", "value", "row"), arrays of their shapes.
+      scratch: lanes of each float32 accumulator; it has as many rows as the outer block.
+    """
+    listed = visits(cut, by_keys=by_keys)
+    batch, kv_heads, group = inputs.q.shape[:3]
+    tiles = listed.flags.shape[0]
+    grid = (batch, kv_heads, tiles, group) if by_keys else (batch, kv_heads, group, tiles)
+
+    def spec(shape: tuple[int | None, ...], index: Callable[..., tuple]) -> pl.BlockSpec:
+        if by_keys:
+            return pl.BlockSpec(
+                shape, lambda b, k, n, g, outer, inner, *_: index(b, k, g, inner[n], outer[n])
+            )
+        return pl.BlockSpec(
+            shape, lambda b, k, g, n, outer, inner, *_: index(b, k, g, outer[n], inner[n])
+        )
+
+    width = inputs.q.shape[-1]
+    query = spec((None, None, None, cut.block_q, width), lambda b, k, g, i, j: (b, k, g, i, 0))
+    key = spec((None, None, cut.block_k, width), lambda b, k, g, i, j: (b, k, j, 0))
+    row = spec((None, None, None, 1, cut.block_q), lambda b, k, g, i, j: (b, k, g, 0, i))
+    every = Operands(
+        q=query,
+        k=key,
+        v=key,
+        mask=None if inputs.mask is None else spec(*_mask_block(cut, inputs.mask.shape)),
+        query_segments=spec((None, 1, cut.block_q), lambda b, k, g, i, j: (b, 0, i)),
+        key_segments=spec((None, 1, cut.block_k), lambda b, k, g, i, j: (b, 0, j)),
+        log_sum=row,
+        delta=row,
+        d_out=query,
+    )
+    specs = Operands(*(None if x is None else s for s, x in zip(every, inputs)))
+    kinds = {"query": query, "key": key, "value": key, "row": row}
+    rows = cut.block_k if by_keys else cut.block_q
+
+    def body(*refs: Any) -> None:
+        outer, inner, flags, offset = refs[:4]
+        n, g = (pl.program_id(axis) for axis in ((2, 3) if by_keys else (3, 2)))
+        i, j = (inner[n], outer[n]) if by_keys else (outer[n], inner[n])
+        flag = flags[n]
+        first, last = (flag & FIRST) != 0, (flag & LAST) != 0
+        if by_keys:
+            first, last = first & (g == 0), last & (g == group - 1)
+        position = i * cut.block_q + offset[0] - j * cut.block_k
+        kernel(_Visit(cut, flag, first, last, position, j), *refs[4:])
+
+    offset = jnp.asarray(cut.offset, jnp.int32)[None]
+    return pl.pallas_call(
+        body,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=grid,
+            in_specs=[specs],
+            out_specs=[kinds[kind] for kind in outputs],
+            scratch_shapes=[pltpu.VMEM((rows, lanes), jnp.float32) for lanes in scratch],
+        ),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs.values()],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel")
+            + (("arbitrary", "arbitrary") if by_keys else ("parallel", "arbitrary"))
+        ),
+        name=f"attention{kernel.__name__.removesuffix('_kernel')}",
+        interpret=interpret,
+    )(*listed, offset, inputs)
+
+
+def _mask_block(cut: Cut, shape: tuple[int, ...]) -> tuple[tuple[int | None, ...], Callable]:
+    """Returns block and index map of a mask, whose axes of size 1 stand for all."""
+    full = [size > 1 for size in shape]
+
+    def index(*at: Any) -> tuple:
+        return tuple(place if wide else 0 for place, wide in zip(at, full))
+
+    block_q, block_k = (b if wide else 1 for b, wide in zip((cut.block_q, cut.block_k), full[3:]))
+    return (None, None, None, block_q, block_k), index
+
+
+class _Visit(NamedTuple):
+    """One step of the grid: the tile and what is known about it."""
+
+    cut: Cut
+    flag: Any
+    first: Any
+    last: Any
+    position: Any  # of the first query, counted from the tile's first key
+    key_block: Any
+
+    def run(self, inputs: Operands, tile_kernel: Callable[[Any], None], *, transposed: bool) -> None:
+        """Calls `tile_kernel(allowed)` if there is anything to compute."""
+
+        def with_mask(bounded: bool) -> Callable[[], None]:
+            return lambda: tile_kernel(self._allowed(inputs, bounded, transposed))
+
+        active = (self.flag & ACTIVE) != 0
+        if inputs.mask is not None or inputs.query_segments is not None or not self.cut.bounded:
+            pl.when(active)(with_mask(self.cut.bounded))
+        else:
+            whole = (self.flag & WHOLE) != 0
+            pl.when(active & whole)(with_mask(False))
+            pl.when(active & ~whole)(with_mask(True))
+
+    def _allowed(self, inputs: Operands, bounded: bool, transposed: bool) -> jax.Array | None:
+        """Returns which pairs count, `[block_q, block_k]` or transposed; None for all."""
+        cut = self.cut
+        shape = (cut.block_k, cut.block_q) if transposed else (cut.block_q, cut.block_k)
+        allowed = None
+        if bounded:
+            key = lax.broadcasted_iota(jnp.int32, shape, 0 if transposed else 1)
+            ahead = key - lax.broadcasted_iota(jnp.int32, shape, 1 if transposed else 0)
+            if cut.options.before is not None:
+                allowed = ahead >= self.position - cut.options.before
+            if cut.options.after is not None:
+                allowed = both(allowed, ahead <= self.position + cut.options.after)
+            if cut.keys % cut.block_k:
+                allowed = both(allowed, key < cut.keys - self.key_block * cut.block_k)
+        if inputs.query_segments is not None:
+            queries, keys = inputs.query_segments[...], inputs.key_segments[...]
+            same = _column(keys) == queries if transposed else _column(queries) == keys
+            allowed = both(allowed, same)
+        if inputs.mask is not None:
+            mask = inputs.mask[...].astype(jnp.int32)
+            allowed = both(allowed, (mask.T if transposed else mask) != 0)
+        return allowed
+
+
+def _column(row: jax.Array) -> jax.Array:
+    """Turns `[1, n]` into `[n, 1]`."""
+    return row[0][:, None]
+
+
+def _spread(value: jax.Array, width: int) -> jax.Array:
+    """Widens a column that is repeated over the lanes, `[n, 128]`, to `[n, width]`."""
+    return jnp.tile(value, (1, -(-width // _LANES)))[:, :width]
+
+
+def _product(left: jax.Array, right: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    """Contracts one axis of each, in the dtype of `right`, with a float32 result."""
+    return lax.dot_general(
+        left.astype(right.dtype),
+        right,
+        (((axes[0],), (axes[1],)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _forward_kernel(
+    visit: _Visit, inputs: Operands, out: Any, log_sum: Any, maximum: Any, total: Any, weighted: Any
+) -> None:
+    @pl.when(visit.first)
+    def _() -> None:
+        maximum[...] = jnp.full_like(maximum, -jnp.inf)
+        total[...] = jnp.zeros_like(total)
+        weighted[...] = jnp.zeros_like(weighted)
+
+    def add(allowed: jax.Array | None) -> None:
+        products = _product(inputs.q[...], inputs.k[...], (1, 1))
+        scores, _ = tile.binary_scores(visit.cut.options, products)
+        scores = tile.masked(scores, allowed)
+        old = maximum[...]
+        new = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
+        base = tile.finite(new)
+        shrink = jnp.exp2(old - base)
+        weights = jnp.exp2(scores - _spread(base, scores.shape[1]))
+        maximum[...] = new
+        total[...] = shrink * total[...] + jnp.sum(weights, axis=1, keepdims=True)
+        update = _product(weights, inputs.v[...], (1, 0))
+        weighted[...] = _spread(shrink, weighted.shape[1]) * weighted[...] + update
+
+    visit.run(inputs, add, transposed=False)
+
+    @pl.when(visit.last)
+    def _() -> None:
+        sums = total[...]
+        empty = sums == 0.0
+        inverse = 1.0 / jnp.where(empty, 1.0, sums)
+        out[...] = (weighted[...] * _spread(inverse, weighted.shape[1])).astype(out.dtype)
+        log = (maximum[...] + jnp.log2(jnp.where(empty, 1.0, sums))) / tile.LOG2_E
+        log_sum[...] = jnp.where(empty, jnp.inf, log).T[:1]
+
+
+def _dq_kernel(visit: _Visit, inputs: Operands, dq: Any, total: Any) -> None:
+    @pl.when(visit.first)
+    def _() -> None:
+        total[...] = jnp.zeros_like(total)
+
+    def add(allowed: jax.Array | None) -> None:
+        k = inputs.k[...]
+        products = _product(inputs.q[...], k, (1, 1))
+        scores, tanh = tile.binary_scores(visit.cut.options, products)
+        weights = jnp.exp2(tile.masked(scores, allowed) - _column(inputs.log_sum[...]))
+        d_weights = _product(inputs.d_out[...], inputs.v[...], (1, 1))
+        d_scores = weights * (d_weights - _column(inputs.delta[...]))
+        if tanh is not None:
+            d_scores *= 1.0 - tanh * tanh
+        total[...] += _product(d_scores, k, (1, 0))
+
+    visit.run(inputs, add, transposed=False)
+
+    @pl.when(visit.last)
+    def _() -> None:
+        dq[...] = (visit.cut.options.scale * total[...]).astype(dq.dtype)
+
+
+def _dkv_kernel(
+    visit: _Visit, inputs: Operands, dk: Any, dv: Any, dk_total: Any, dv_total: Any
+) -> None:
+    @pl.when(visit.first)
+    def _() -> None:
+        dk_total[...] = jnp.zeros_like(dk_total)
+        dv_total[...] = jnp.zeros_like(dv_total)
+
+    def add(allowed: jax.Array | None) -> None:
+        v = inputs.v[...]
+        q, d_out = inputs.q[...].astype(v.dtype), inputs.d_out[...].astype(v.dtype)
+        products = _product(inputs.k[...], q, (1, 1))
+        scores, tanh = tile.binary_scores(visit.cut.options, products)
+        weights = jnp.exp2(tile.masked(scores, allowed) - inputs.log_sum[...])
+        dv_total[...] += _product(weights, d_out, (1, 0))
+        d_scores = weights * (_product(v, d_out, (1, 1)) - inputs.delta[...])
+        if tanh is not None:
+            d_scores *= 1.0 - tanh * tanh
+        dk_total[...] += _product(d_scores, q, (1, 0))
+
+    visit.run(inputs, add, transposed=True)
+
+    @pl.when(visit.last)
+    def _() -> None:
+        dk[...] = (visit.cut.options.scale * dk_total[...]).astype(dk.dtype)
+        dv[...] = dv_total[...].astype(dv.dtype)
