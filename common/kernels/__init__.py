@@ -3,5 +3,6 @@
 from common.kernels.attention import attention
 from common.kernels.linear_scan import linear_scan
 from common.kernels.nearest_centroid import nearest_centroid
+from common.kernels.rg_lru import rg_lru
 
-__all__ = ["attention", "linear_scan", "nearest_centroid"]
+__all__ = ["attention", "linear_scan", "nearest_centroid", "rg_lru"]

@@ -6,17 +6,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.kernels import linear_scan
+from common.kernels import linear_scan, rg_lru
+from common.kernels.rg_lru.gates import coefficients
 from common.nn.layout import TokenLayout
 from common.nn.linear import BlockDiagonalLinear, Linear
 from common.nn.mlp import gelu_tanh
 from common.nn.param import Initializer, fan_in_normal, param, zeros
-from common.sharding import shard
-
-# Slope limit of the input multiplier's square root (RecurrentGemma, section 2).
-MAX_SQRT_SLOPE = 1000.0
-# The constant c of a_t = a^(c r_t) (Griffin, eq. 3).
-DECAY_EXPONENT = 8.0
+from common.sharding import per_shard, shard
 
 
 @jax.tree_util.register_dataclass
@@ -31,23 +27,6 @@ class RecurrentState:
 
     h: jax.Array
     conv: jax.Array
-
-
-@jax.custom_vjp
-def sqrt_with_bounded_slope(x: jax.Array) -> jax.Array:
-    """`sqrt(x)` whose derivative is never steeper than `MAX_SQRT_SLOPE`: finite at x = 0."""
-    return jnp.sqrt(x)
-
-
-def _sqrt_forward(x):
-    return jnp.sqrt(x), x
-
-
-def _sqrt_backward(x, g):
-    return (g / (2.0 * jnp.sqrt(jnp.maximum(x, 1.0 / (4.0 * MAX_SQRT_SLOPE**2)))),)
-
-
-sqrt_with_bounded_slope.defvjp(_sqrt_forward, _sqrt_backward)
 
 
 def decay_init(low: float = 0.9, high: float = 0.999) -> Initializer:
@@ -149,6 +128,7 @@ class RGLRU(nnx.Module):
         self.input_gate = BlockDiagonalLinear(width, num_blocks, dtype=dtype, rngs=rngs)
         self.a_gate = BlockDiagonalLinear(width, num_blocks, dtype=dtype, rngs=rngs)
         self.dtype = jnp.dtype(dtype)
+        self.reference_precision = reference_precision
         # bfloat16 rounds a decay of .999 to 1; only the published code's bf16 numbers want that.
         self.gate_dtype = self.dtype if reference_precision else jnp.dtype(jnp.float32)
 
@@ -156,30 +136,48 @@ class RGLRU(nnx.Module):
         self, v: jax.Array, layout: TokenLayout, h0: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
         """`v [B, T, E]`, `h0 [B, E]` fp32 or None -> outputs `[B, T, E]`, last state fp32."""
-        a, x = self.coefficients(v, layout)
+        # No coarser than the products that they come from; what follows is computed in fp32.
+        gate_x, gate_a = (gate(v).astype(self.dtype) for gate in (self.input_gate, self.a_gate))
+        inputs = v, gate_x, gate_a, self.a_param[...], layout.resets, layout.valid
         if h0 is not None and v.shape[1] == 1:
+            a, x = coefficients(*inputs, self.gate_dtype)
             h = a[:, 0] * h0 + x[:, 0]
             return h[:, None].astype(self.dtype), h
-        h, h_last = linear_scan(a, x, h0)
-        return h.astype(self.dtype), h_last
+        seq = None if self.reference_precision else "seq"
+        wide = ("batch", seq, "lru")
+        masks = (self._mask_axes(mask, len(v), seq) for mask in (layout.resets, layout.valid))
+        return per_shard(
+            self._recurrence,
+            (*inputs, h0),
+            (wide, wide, wide, ("lru",), *masks, ("batch", "lru")),
+            (wide, ("batch", "lru")),
+            sequence=seq,
+        )
 
-    def coefficients(self, v: jax.Array, layout: TokenLayout) -> tuple[jax.Array, jax.Array]:
-        """The recurrence's `a_t` and its input `m_t i_t v_t`, each `[B, T, E]` fp32."""
-        gate = self.gate_dtype
-        i = jax.nn.sigmoid(self.input_gate(v).astype(gate))
-        r = jax.nn.sigmoid(self.a_gate(v).astype(gate))
-        log_a = -DECAY_EXPONENT * r * jax.nn.softplus(self.a_param[...].astype(gate))
-        a = jnp.exp(log_a)
-        # 1 - exp(2 log a) without the cancellation near a = 1.
-        m = sqrt_with_bounded_slope(-jnp.expm1(2.0 * log_a))
-        reset = layout.resets[..., None]
-        m = jnp.where(reset, jnp.ones((), gate), m)
-        a = jnp.where(reset, jnp.zeros((), gate), a)
-        x = m * i * v.astype(gate)
-        if layout.valid is not None:
-            real = layout.valid[..., None]
-            a, x = jnp.where(real, a, 1), jnp.where(real, x, 0)
-        return a.astype(jnp.float32), x.astype(jnp.float32)
+    def _mask_axes(
+        self, mask: jax.Array | None, batch: int, seq: str | None
+    ) -> tuple[str | None, str | None] | None:
+        return None if mask is None else ("batch" if len(mask) == batch else None, seq)
+
+    def _recurrence(
+        self,
+        v: jax.Array,
+        gate_x: jax.Array,
+        gate_a: jax.Array,
+        a_param: jax.Array,
+        reset: jax.Array,
+        valid: jax.Array | None,
+        h0: jax.Array | None,
+        *,
+        axis_name: str | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The recurrence on one device's shard, whose time lies over `axis_name`, if any."""
+        if not self.reference_precision:
+            masks = {"reset": reset, "valid": valid}
+            return rg_lru(v, gate_x, gate_a, a_param, h0, **masks, axis_name=axis_name)
+        a, x = coefficients(v, gate_x, gate_a, a_param, reset, valid, self.gate_dtype)
+        h, h_last = linear_scan(a, x, h0)
+        return h.astype(v.dtype), h_last
 
 
 class RecurrentBlock(nnx.Module):
