@@ -7,7 +7,8 @@ arrays with grouped heads, `[B, K, G, T, h]` against `[B, K, S, h]`, and `Option
 """
 
 import functools
-from types import ModuleType
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,8 +114,7 @@ def _attention_fwd(
     offset: jax.Array | None,
 ) -> tuple[jax.Array, tuple]:
     operands = (q, k, v, mask, segments, offset)
-    forms = {at: functools.partial(f.forward, options) for at, f in _implementations(q, k).items()}
-    out, log_sum = dispatch("attention", name, *operands, **forms)
+    out, log_sum = dispatch("attention", name, *operands, **_forms("forward", options, q, k))
     return out, (*operands, out, log_sum)
 
 
@@ -123,9 +123,7 @@ def _attention_bwd(
 ) -> tuple[jax.Array | None, ...]:
     *operands, out, log_sum = residuals
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    forms = {
-        at: functools.partial(f.backward, options) for at, f in _implementations(*operands[:2]).items()
-    }
+    forms = _forms("backward", options, *operands[:2])
     gradients = dispatch("attention", name, *operands, log_sum, delta, d_out, **forms)
     return *gradients, None, None, None
 
@@ -133,15 +131,20 @@ def _attention_bwd(
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _implementations(q: jax.Array, k: jax.Array) -> dict[str, ModuleType]:
+def _forms(
+    direction: str, options: Options, q: jax.Array, k: jax.Array
+) -> dict[str, Callable[..., Any]]:
+    """Returns what there is for arrays of such shapes."""
     # Pallas takes half a second to import: only programs with attention pay it.
     from common.kernels.attention import gpu, tpu
 
-    found = {"xla": xla}
-    for name, kernels in (("tpu", tpu), ("gpu", gpu)):
-        if kernels.supports(q, k):
-            found[name] = kernels
-    return found
+    modules = {"xla": xla}
+    if q.size and k.size and q.shape[-1] <= 256:
+        modules |= {"tpu": tpu, "gpu": gpu}
+    return {
+        name: functools.partial(getattr(module, direction), options)
+        for name, module in modules.items()
+    }
 
 
 def _bounds(causal: bool, window: int | tuple[int, int] | None) -> tuple[int | None, int | None]:

@@ -62,7 +62,7 @@ class Cut(NamedTuple):
         return first, end
 
     def whole(self, i: Index, j: Index) -> Index:
-        """Returns whether the window leaves all of tile `(i, j)` and none of its keys is padding."""
+        """Returns whether the window leaves all of tile `(i, j)`, and no key is padding."""
         query, key = i * self.block_q + self.offset, j * self.block_k
         inside = key + self.block_k <= self.keys
         if self.options.before is not None:

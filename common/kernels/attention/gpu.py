@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from common.kernels import tuning
+from common.kernels import flash, tuning
 from common.kernels.attention import tile
 from common.kernels.attention.cut import Cut, start
 from common.kernels.attention.operands import Operands, padded
@@ -27,11 +27,6 @@ warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", Dep
 
 _Segments = tuple[jax.Array, jax.Array]
 _LEAST = 16  # rows and columns of a tensor core's product
-
-
-def supports(q: jax.Array, k: jax.Array) -> bool:
-    """Returns whether the kernels take arrays of such shapes."""
-    return q.size > 0 and k.size > 0 and q.shape[-1] <= 256
 
 
 @functools.partial(jax.jit, static_argnames=("options", "interpret"))
@@ -74,7 +69,7 @@ def backward(
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns `(dq, dk, dv)`."""
-    rows = (log_sum * tile.LOG2_E, delta, d_out)
+    rows = (log_sum * flash.LOG2_E, delta, d_out)
     plan = _plan("backward_q", options, q, k, offset)
     operands = padded(plan.cut, plan.width, q, k, v, mask, segments, *rows)
     (dq,) = plan.run(_dq_kernel, operands, {"query": operands.q}, interpret=interpret)
@@ -129,9 +124,7 @@ class _Plan(NamedTuple):
             query_segments = spec((None, None, rows), lambda b, k, g, n: (b, 0, 0))
             key_segments = spec((None, None, cut.block_k), lambda b, k, g, n: (b, 0, n))
         else:
-            query = spec(
-                (None, None, None, cut.block_q, width), lambda b, k, g, n: (b, k, g, n, 0)
-            )
+            query = spec((None, None, None, cut.block_q, width), lambda b, k, g, n: (b, k, g, n, 0))
             row = spec((None, None, None, None, cut.block_q), lambda b, k, g, n: (b, k, g, 0, n))
             key = spec((None, None, columns, width), lambda b, k, g, n: (b, k, 0, 0))
             query_segments = spec((None, None, cut.block_q), lambda b, k, g, n: (b, 0, n))
@@ -209,16 +202,6 @@ def _default(kernel: str, q: jax.Array, k: jax.Array) -> dict[str, int]:
             "keys": small if kernel == "backward_q" else 64, "warps": 8, "stages": 2}  # fmt: skip
 
 
-def _product(left: jax.Array, right: jax.Array, axes: tuple[int, int]) -> jax.Array:
-    """Contracts one axis of each, in the dtype of `right`, with a float32 result."""
-    return lax.dot_general(
-        left.astype(right.dtype),
-        right,
-        (((axes[0],), (axes[1],)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
-
-
 def _part(ref: Any, *places: Any) -> jax.Array:
     """Reads a part of a reference.
 
@@ -283,6 +266,12 @@ def _loop(
     return lax.fori_loop(high, end, masked, carry)
 
 
+def _scores(
+    options: Options, left: jax.Array, right: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    return flash.scores(left, right, options.scale, options.softcap)
+
+
 def _forward_kernel(cut: Cut, operands: Operands, out: Any, log_sum: Any) -> None:
     i = pl.program_id(0)
     q = operands.q[...]
@@ -290,14 +279,14 @@ def _forward_kernel(cut: Cut, operands: Operands, out: Any, log_sum: Any) -> Non
     def add(bounded: bool, j: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         maximum, total, weighted = carry
         k, v = (_part(x, (cut.block_k, j), (x.shape[1], 0)) for x in (operands.k, operands.v))
-        scores, _ = tile.binary_scores(cut.options, _product(q, k, (1, 1)))
+        scores, _ = _scores(cut.options, q, k)
         scores = tile.masked(scores, _allowed(cut, operands, i, j, bounded))
         new = jnp.maximum(maximum, jnp.max(scores, axis=1))
-        base = tile.finite(new)
+        base = flash.finite(new)
         shrink = jnp.exp2(maximum - base)
         weights = jnp.exp2(scores - base[:, None])
         total = shrink * total + jnp.sum(weights, axis=1)
-        return new, total, shrink[:, None] * weighted + _product(weights, v, (1, 0))
+        return new, total, shrink[:, None] * weighted + flash.contract(weights, v, (1, 0))
 
     carry = (
         jnp.full(q.shape[:1], -jnp.inf, jnp.float32),
@@ -309,7 +298,7 @@ def _forward_kernel(cut: Cut, operands: Operands, out: Any, log_sum: Any) -> Non
     empty = total == 0.0
     sums = jnp.where(empty, 1.0, total)
     out[...] = (weighted / sums[:, None]).astype(out.dtype)
-    log_sum[...] = jnp.where(empty, jnp.inf, (maximum + jnp.log2(sums)) / tile.LOG2_E)
+    log_sum[...] = jnp.where(empty, jnp.inf, (maximum + jnp.log2(sums)) / flash.LOG2_E)
 
 
 def _dq_kernel(cut: Cut, operands: Operands, dq: Any) -> None:
@@ -319,13 +308,13 @@ def _dq_kernel(cut: Cut, operands: Operands, dq: Any) -> None:
 
     def add(bounded: bool, j: Any, total: jax.Array) -> jax.Array:
         k, v = (_part(x, (cut.block_k, j), (x.shape[1], 0)) for x in (operands.k, operands.v))
-        scores, tanh = tile.binary_scores(cut.options, _product(q, k, (1, 1)))
+        scores, tanh = _scores(cut.options, q, k)
         scores = tile.masked(scores, _allowed(cut, operands, i, j, bounded))
         weights = jnp.exp2(scores - log_sum[:, None])
-        d_scores = weights * (_product(d_out, v, (1, 1)) - delta[:, None])
+        d_scores = weights * (flash.contract(d_out, v, (1, 1)) - delta[:, None])
         if tanh is not None:
             d_scores *= 1.0 - tanh * tanh
-        return total + _product(d_scores, k, (1, 0))
+        return total + flash.contract(d_scores, k, (1, 0))
 
     whole = cut.whole_keys_of(i)
     empty = jnp.zeros(q.shape, jnp.float32)
@@ -347,15 +336,15 @@ def _dkv_kernel(cut: Cut, operands: Operands, dk: Any, dv: Any) -> None:
             log_sum, delta = (_part(x, g, rows) for x in (operands.log_sum, operands.delta))
             q, d_out = q.astype(v.dtype), d_out.astype(v.dtype)
             # Transposed scores, so that the products below take them as they are.
-            scores, tanh = tile.binary_scores(cut.options, _product(k, q, (1, 1)))
+            scores, tanh = _scores(cut.options, k, q)
             allowed = _allowed(cut, operands, i, j, bounded, g)
             scores = tile.masked(scores, None if allowed is None else allowed.T)
             weights = jnp.exp2(scores - log_sum[None, :])
-            dv = dv + _product(weights, d_out, (1, 0))
-            d_scores = weights * (_product(v, d_out, (1, 1)) - delta[None, :])
+            dv = dv + flash.contract(weights, d_out, (1, 0))
+            d_scores = weights * (flash.contract(v, d_out, (1, 1)) - delta[None, :])
             if tanh is not None:
                 d_scores *= 1.0 - tanh * tanh
-            return dk + _product(d_scores, q, (1, 0)), dv
+            return dk + flash.contract(d_scores, q, (1, 0)), dv
 
         return _loop(cut, operands, every, whole, add, totals)
 

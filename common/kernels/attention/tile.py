@@ -1,7 +1,5 @@
 """The arithmetic of one tile of attention: scores, and the gradient through them."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 
@@ -69,15 +67,3 @@ def gradients(
     dq = product("bkgts,bksh->bkgth", d_scores, k)
     dk = product("bkgts,bkgth->bksh", d_scores, q)
     return dq, dk, dv
-
-
-# The kernels hold scores in powers of two, since `exp2` is what the hardware has.
-LOG2_E = 1.0 / math.log(2.0)
-
-
-def binary_scores(options: Options, products: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Returns the scores of `q k^T` for `exp2`, and the tanh of the soft cap if there is one."""
-    if options.softcap is None:
-        return products * (options.scale * LOG2_E), None
-    tanh = jnp.tanh(products * (options.scale / options.softcap))
-    return tanh * (options.softcap * LOG2_E), tanh

@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from common.kernels import tuning
+from common.kernels import flash, tuning
 from common.kernels.attention import tile
 from common.kernels.attention.cut import ACTIVE, FIRST, LAST, WHOLE, Cut, start, visits
 from common.kernels.attention.operands import Operands, padded
@@ -27,11 +27,6 @@ from common.kernels.attention.options import Options, both
 
 _Segments = tuple[jax.Array, jax.Array]
 _LANES = 128
-
-
-def supports(q: jax.Array, k: jax.Array) -> bool:
-    """Returns whether the kernels take arrays of such shapes."""
-    return q.size > 0 and k.size > 0 and q.shape[-1] <= 256
 
 
 @functools.partial(jax.jit, static_argnames=("options", "interpret"))
@@ -48,15 +43,15 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the output `[B, K, G, T, h]` and the log-sum `[B, K, G, T]`."""
     cut = _cut("forward", options, q, k, offset)
-    inputs = padded(cut, _width(q), q, k, v, mask, segments)
-    row = jax.ShapeDtypeStruct((*inputs.q.shape[:3], 1, inputs.q.shape[3]), jnp.float32)
+    operands = padded(cut, _width(q), q, k, v, mask, segments)
+    row = jax.ShapeDtypeStruct((*operands.q.shape[:3], 1, operands.q.shape[3]), jnp.float32)
     out, log_sum = _call(
         _forward_kernel,
         cut,
-        inputs,
+        operands,
         by_keys=False,
-        outputs={"query": inputs.q, "row": row},
-        scratch=[_LANES, _LANES, inputs.q.shape[-1]],
+        outputs={"query": operands.q, "row": row},
+        scratch=[_LANES, _LANES, operands.q.shape[-1]],
         interpret=interpret,
     )
     queries, width = q.shape[-2:]
@@ -80,27 +75,27 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns `(dq, dk, dv)`."""
     width = q.shape[-1]
-    rows = (log_sum * tile.LOG2_E, delta, d_out)
+    rows = (log_sum * flash.LOG2_E, delta, d_out)
     cut = _cut("backward_q", options, q, k, offset)
-    inputs = padded(cut, _width(q), q, k, v, mask, segments, *rows)
+    operands = padded(cut, _width(q), q, k, v, mask, segments, *rows)
     (dq,) = _call(
         _dq_kernel,
         cut,
-        inputs,
+        operands,
         by_keys=False,
-        outputs={"query": inputs.q},
-        scratch=[inputs.q.shape[-1]],
+        outputs={"query": operands.q},
+        scratch=[operands.q.shape[-1]],
         interpret=interpret,
     )
     cut = _cut("backward_kv", options, q, k, offset)
-    inputs = padded(cut, _width(q), q, k, v, mask, segments, *rows)
+    operands = padded(cut, _width(q), q, k, v, mask, segments, *rows)
     dk, dv = _call(
         _dkv_kernel,
         cut,
-        inputs,
+        operands,
         by_keys=True,
-        outputs={"key": inputs.k, "value": inputs.v},
-        scratch=[inputs.k.shape[-1]] * 2,
+        outputs={"key": operands.k, "value": operands.v},
+        scratch=[operands.k.shape[-1]] * 2,
         interpret=interpret,
     )
     keys = k.shape[-2]
@@ -127,7 +122,7 @@ def _width(q: jax.Array) -> int:
 def _call(
     kernel: Callable[..., None],
     cut: Cut,
-    inputs: Operands,
+    operands: Operands,
     *,
     by_keys: bool,
     outputs: dict[str, Any],
@@ -144,7 +139,7 @@ def _call(
       scratch: lanes of each float32 accumulator; it has as many rows as the outer block.
     """
     listed = visits(cut, by_keys=by_keys)
-    batch, kv_heads, group = inputs.q.shape[:3]
+    batch, kv_heads, group = operands.q.shape[:3]
     tiles = listed.flags.shape[0]
     grid = (batch, kv_heads, tiles, group) if by_keys else (batch, kv_heads, group, tiles)
 
@@ -157,7 +152,7 @@ def _call(
             shape, lambda b, k, g, n, outer, inner, *_: index(b, k, g, outer[n], inner[n])
         )
 
-    width = inputs.q.shape[-1]
+    width = operands.q.shape[-1]
     query = spec((None, None, None, cut.block_q, width), lambda b, k, g, i, j: (b, k, g, i, 0))
     key = spec((None, None, cut.block_k, width), lambda b, k, g, i, j: (b, k, j, 0))
     row = spec((None, None, None, 1, cut.block_q), lambda b, k, g, i, j: (b, k, g, 0, i))
@@ -165,14 +160,14 @@ def _call(
         q=query,
         k=key,
         v=key,
-        mask=None if inputs.mask is None else spec(*_mask_block(cut, inputs.mask.shape)),
+        mask=None if operands.mask is None else spec(*_mask_block(cut, operands.mask.shape)),
         query_segments=spec((None, 1, cut.block_q), lambda b, k, g, i, j: (b, 0, i)),
         key_segments=spec((None, 1, cut.block_k), lambda b, k, g, i, j: (b, 0, j)),
         log_sum=row,
         delta=row,
         d_out=query,
     )
-    specs = Operands(*(None if x is None else s for s, x in zip(every, inputs)))
+    specs = Operands(*(None if x is None else s for s, x in zip(every, operands)))
     kinds = {"query": query, "key": key, "value": key, "row": row}
     rows = cut.block_k if by_keys else cut.block_q
 
@@ -204,7 +199,7 @@ def _call(
         ),
         name=f"attention{kernel.__name__.removesuffix('_kernel')}",
         interpret=interpret,
-    )(*listed, offset, inputs)
+    )(*listed, offset, operands)
 
 
 def _mask_block(cut: Cut, shape: tuple[int, ...]) -> tuple[tuple[int | None, ...], Callable]:
@@ -228,21 +223,23 @@ class _Visit(NamedTuple):
     position: Any  # of the first query, counted from the tile's first key
     key_block: Any
 
-    def run(self, inputs: Operands, tile_kernel: Callable[[Any], None], *, transposed: bool) -> None:
-        """Calls `tile_kernel(allowed)` if there is anything to compute."""
+    def run(
+        self, operands: Operands, compute: Callable[[jax.Array | None], None], *, transposed: bool
+    ) -> None:
+        """Calls `compute(allowed)` if there is anything to compute."""
 
         def with_mask(bounded: bool) -> Callable[[], None]:
-            return lambda: tile_kernel(self._allowed(inputs, bounded, transposed))
+            return lambda: compute(self._allowed(operands, bounded, transposed))
 
         active = (self.flag & ACTIVE) != 0
-        if inputs.mask is not None or inputs.query_segments is not None or not self.cut.bounded:
+        if operands.mask is not None or operands.query_segments is not None or not self.cut.bounded:
             pl.when(active)(with_mask(self.cut.bounded))
         else:
             whole = (self.flag & WHOLE) != 0
             pl.when(active & whole)(with_mask(False))
             pl.when(active & ~whole)(with_mask(True))
 
-    def _allowed(self, inputs: Operands, bounded: bool, transposed: bool) -> jax.Array | None:
+    def _allowed(self, operands: Operands, bounded: bool, transposed: bool) -> jax.Array | None:
         """Returns which pairs count, `[block_q, block_k]` or transposed; None for all."""
         cut = self.cut
         shape = (cut.block_k, cut.block_q) if transposed else (cut.block_q, cut.block_k)
@@ -256,12 +253,12 @@ class _Visit(NamedTuple):
                 allowed = both(allowed, ahead <= self.position + cut.options.after)
             if cut.keys % cut.block_k:
                 allowed = both(allowed, key < cut.keys - self.key_block * cut.block_k)
-        if inputs.query_segments is not None:
-            queries, keys = inputs.query_segments[...], inputs.key_segments[...]
+        if operands.query_segments is not None:
+            queries, keys = operands.query_segments[...], operands.key_segments[...]
             same = _column(keys) == queries if transposed else _column(queries) == keys
             allowed = both(allowed, same)
-        if inputs.mask is not None:
-            mask = inputs.mask[...].astype(jnp.int32)
+        if operands.mask is not None:
+            mask = operands.mask[...].astype(jnp.int32)
             allowed = both(allowed, (mask.T if transposed else mask) != 0)
         return allowed
 
@@ -276,18 +273,20 @@ def _spread(value: jax.Array, width: int) -> jax.Array:
     return jnp.tile(value, (1, -(-width // _LANES)))[:, :width]
 
 
-def _product(left: jax.Array, right: jax.Array, axes: tuple[int, int]) -> jax.Array:
-    """Contracts one axis of each, in the dtype of `right`, with a float32 result."""
-    return lax.dot_general(
-        left.astype(right.dtype),
-        right,
-        (((axes[0],), (axes[1],)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
+def _scores(
+    options: Options, left: jax.Array, right: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    return flash.scores(left, right, options.scale, options.softcap)
 
 
 def _forward_kernel(
-    visit: _Visit, inputs: Operands, out: Any, log_sum: Any, maximum: Any, total: Any, weighted: Any
+    visit: _Visit,
+    operands: Operands,
+    out: Any,
+    log_sum: Any,
+    maximum: Any,
+    total: Any,
+    weighted: Any,
 ) -> None:
     @pl.when(visit.first)
     def _() -> None:
@@ -296,20 +295,19 @@ def _forward_kernel(
         weighted[...] = jnp.zeros_like(weighted)
 
     def add(allowed: jax.Array | None) -> None:
-        products = _product(inputs.q[...], inputs.k[...], (1, 1))
-        scores, _ = tile.binary_scores(visit.cut.options, products)
+        scores, _ = _scores(visit.cut.options, operands.q[...], operands.k[...])
         scores = tile.masked(scores, allowed)
         old = maximum[...]
         new = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
-        base = tile.finite(new)
+        base = flash.finite(new)
         shrink = jnp.exp2(old - base)
         weights = jnp.exp2(scores - _spread(base, scores.shape[1]))
         maximum[...] = new
         total[...] = shrink * total[...] + jnp.sum(weights, axis=1, keepdims=True)
-        update = _product(weights, inputs.v[...], (1, 0))
+        update = flash.contract(weights, operands.v[...], (1, 0))
         weighted[...] = _spread(shrink, weighted.shape[1]) * weighted[...] + update
 
-    visit.run(inputs, add, transposed=False)
+    visit.run(operands, add, transposed=False)
 
     @pl.when(visit.last)
     def _() -> None:
@@ -317,27 +315,26 @@ def _forward_kernel(
         empty = sums == 0.0
         inverse = 1.0 / jnp.where(empty, 1.0, sums)
         out[...] = (weighted[...] * _spread(inverse, weighted.shape[1])).astype(out.dtype)
-        log = (maximum[...] + jnp.log2(jnp.where(empty, 1.0, sums))) / tile.LOG2_E
+        log = (maximum[...] + jnp.log2(jnp.where(empty, 1.0, sums))) / flash.LOG2_E
         log_sum[...] = jnp.where(empty, jnp.inf, log).T[:1]
 
 
-def _dq_kernel(visit: _Visit, inputs: Operands, dq: Any, total: Any) -> None:
+def _dq_kernel(visit: _Visit, operands: Operands, dq: Any, total: Any) -> None:
     @pl.when(visit.first)
     def _() -> None:
         total[...] = jnp.zeros_like(total)
 
     def add(allowed: jax.Array | None) -> None:
-        k = inputs.k[...]
-        products = _product(inputs.q[...], k, (1, 1))
-        scores, tanh = tile.binary_scores(visit.cut.options, products)
-        weights = jnp.exp2(tile.masked(scores, allowed) - _column(inputs.log_sum[...]))
-        d_weights = _product(inputs.d_out[...], inputs.v[...], (1, 1))
-        d_scores = weights * (d_weights - _column(inputs.delta[...]))
+        k = operands.k[...]
+        scores, tanh = _scores(visit.cut.options, operands.q[...], k)
+        weights = jnp.exp2(tile.masked(scores, allowed) - _column(operands.log_sum[...]))
+        d_weights = flash.contract(operands.d_out[...], operands.v[...], (1, 1))
+        d_scores = weights * (d_weights - _column(operands.delta[...]))
         if tanh is not None:
             d_scores *= 1.0 - tanh * tanh
-        total[...] += _product(d_scores, k, (1, 0))
+        total[...] += flash.contract(d_scores, k, (1, 0))
 
-    visit.run(inputs, add, transposed=False)
+    visit.run(operands, add, transposed=False)
 
     @pl.when(visit.last)
     def _() -> None:
@@ -345,7 +342,7 @@ def _dq_kernel(visit: _Visit, inputs: Operands, dq: Any, total: Any) -> None:
 
 
 def _dkv_kernel(
-    visit: _Visit, inputs: Operands, dk: Any, dv: Any, dk_total: Any, dv_total: Any
+    visit: _Visit, operands: Operands, dk: Any, dv: Any, dk_total: Any, dv_total: Any
 ) -> None:
     @pl.when(visit.first)
     def _() -> None:
@@ -353,18 +350,17 @@ def _dkv_kernel(
         dv_total[...] = jnp.zeros_like(dv_total)
 
     def add(allowed: jax.Array | None) -> None:
-        v = inputs.v[...]
-        q, d_out = inputs.q[...].astype(v.dtype), inputs.d_out[...].astype(v.dtype)
-        products = _product(inputs.k[...], q, (1, 1))
-        scores, tanh = tile.binary_scores(visit.cut.options, products)
-        weights = jnp.exp2(tile.masked(scores, allowed) - inputs.log_sum[...])
-        dv_total[...] += _product(weights, d_out, (1, 0))
-        d_scores = weights * (_product(v, d_out, (1, 1)) - inputs.delta[...])
+        v = operands.v[...]
+        q, d_out = operands.q[...].astype(v.dtype), operands.d_out[...].astype(v.dtype)
+        scores, tanh = _scores(visit.cut.options, operands.k[...], q)
+        weights = jnp.exp2(tile.masked(scores, allowed) - operands.log_sum[...])
+        dv_total[...] += flash.contract(weights, d_out, (1, 0))
+        d_scores = weights * (flash.contract(v, d_out, (1, 1)) - operands.delta[...])
         if tanh is not None:
             d_scores *= 1.0 - tanh * tanh
-        dk_total[...] += _product(d_scores, q, (1, 0))
+        dk_total[...] += flash.contract(d_scores, q, (1, 0))
 
-    visit.run(inputs, add, transposed=True)
+    visit.run(operands, add, transposed=True)
 
     @pl.when(visit.last)
     def _() -> None:

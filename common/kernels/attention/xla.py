@@ -8,7 +8,6 @@ bound or the window excludes, so that local attention costs O(T * window) work a
 from types import ModuleType
 
 import jax
-import jax.numpy as jnp
 
 from common.kernels.attention import blocked, direct
 from common.kernels.attention.options import Options
