@@ -6,15 +6,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.kernels import attention
+from common.kernels import attention, decode_attention
 from common.nn.layout import TokenLayout
 from common.nn.linear import Linear
 from common.nn.param import Initializer
 from common.nn.rope import rope
-from common.sharding import shard
+from common.sharding import per_shard, shard
 
-# Finite, so that a row with nothing to attend to stays free of NaN.
-MASKED = -2.3819763e38
+# Logical axes of `[.., K, N / K, h]`: a group's queries lie with its keys. Where the key heads do
+# not divide, the mesh axis splits the queries within the groups; every device holds all keys.
+GROUPED = ("kv_heads", "heads", None)
+CACHE = ("batch", None, "kv_heads", None)
 
 
 @jax.tree_util.register_dataclass
@@ -89,15 +91,7 @@ class Attention(nnx.Module):
         v = self.v(x).reshape(batch, length, self.num_kv_heads, self.head_dim)
         q = shard(q, "batch", "seq", "heads", None)
         if state is None or layout.fresh:
-            out = attention(
-                q,
-                k,
-                v,
-                causal=True,
-                window=self.window,
-                softcap=self.softcap,
-                segment_ids=layout.segments,
-            )
+            out = self._attend(q, k, v, layout.segments, layout.segments)
         elif length == 1:
             out = self._attend_one(q, k, v, layout, state)
         else:
@@ -120,31 +114,69 @@ class Attention(nnx.Module):
         x = x.reshape(*x.shape[:2], heads, self.head_dim)
         return rope(x, layout.positions, base=self.rope_base, fraction=self.rope_fraction)
 
+    def _attend(self, q, k, v, query_segments, key_segments) -> jax.Array:
+        """Causal attention, its queries split over `context`, each device with all of its keys."""
+        total, keys = q.shape[1], k.shape[1]
+
+        def local(q, k, v, query_segments, key_segments, *, axis_name: str | None) -> jax.Array:
+            segments = None if query_segments is None else (query_segments, key_segments)
+            offset = None
+            if axis_name is not None:
+                offset = keys - total + q.shape[1] * jax.lax.axis_index(axis_name)
+            out = attention(
+                q.reshape(*q.shape[:2], -1, self.head_dim),
+                k,
+                v,
+                causal=True,
+                window=self.window,
+                softcap=self.softcap,
+                segment_ids=segments,
+                offset=offset,
+            )
+            return out.reshape(q.shape)
+
+        queries = ("batch", "seq", *GROUPED)
+        out = per_shard(
+            local,
+            (self._grouped(q), k, v, query_segments, key_segments),
+            (queries, CACHE, CACHE, queries[:2], CACHE[:2]),
+            queries,
+            sequence="seq",
+        )
+        return out.reshape(q.shape)
+
     def _attend_one(self, q, k, v, layout: TokenLayout, state: AttentionState) -> jax.Array:
         """One query a row against the ring and its own key, without moving the ring."""
-        batch, slots = state.keys.shape[:2]
-        group = self.num_heads // self.num_kv_heads
-        q = q.reshape(batch, self.num_kv_heads, group, self.head_dim)
-        position = layout.positions[:, :1]
-        cached, first, segments = _continued(layout)
-        held = _held_positions(cached, slots)  # [B, R]
-        allowed = (held >= first[:, None]) & (segments[:, :1] == 0)
+        cached, starts, segments = _continued(layout)
         if self.window is not None:
-            allowed &= held > position - self.window
+            starts = jnp.maximum(starts, layout.positions[:, 0] - self.window + 1)
+        starts = jnp.where(segments[:, 0] == 0, starts, cached)  # A new document sees no old one.
+
+        def local(q, keys, values, k, v, cached, starts) -> jax.Array:
+            out = decode_attention(
+                q.reshape(*q.shape[:2], -1, self.head_dim),
+                keys,
+                values,
+                cached,
+                new=(k, v),
+                starts=starts,
+                softcap=self.softcap,
+            )
+            return out.reshape(q.shape)
+
+        query, row = ("batch", None, *GROUPED), ("batch",)
         keys, values = state.keys.astype(self.dtype), state.values.astype(self.dtype)
-        wide = {"preferred_element_type": jnp.float32}
-        # The ring as the left operand is read as it lies; as the right one it would be transposed.
-        old = jnp.swapaxes(jnp.einsum("brkh,bkgh->bkrg", keys, q, **wide), 2, 3)
-        own = jnp.einsum("bkgh,bkh->bkg", q, k[:, 0], **wide)[..., None]
-        logits = jnp.concatenate([old, own], axis=-1) * self.head_dim**-0.5
-        if self.softcap is not None:
-            logits = self.softcap * jnp.tanh(logits / self.softcap)
-        allowed = jnp.pad(allowed, ((0, 0), (0, 1)), constant_values=True)
-        weights = jax.nn.softmax(jnp.where(allowed[:, None, None], logits, MASKED), axis=-1)
-        weights = weights.astype(self.dtype)
-        out = jnp.einsum("bkgr,brkh->bkgh", weights[..., :-1], values, **wide)
-        out = out + weights[..., -1:].astype(jnp.float32) * v[:, 0, :, None].astype(jnp.float32)
-        return out.astype(self.dtype)
+        out = per_shard(
+            local,
+            (self._grouped(q), keys, values, k, v, cached, starts),
+            (query, CACHE, CACHE, CACHE, CACHE, row, row),
+            query,
+        )
+        return out.reshape(q.shape)
+
+    def _grouped(self, q: jax.Array) -> jax.Array:
+        """`[B, T, N, h]` -> `[B, T, K, N / K, h]`."""
+        return q.reshape(*q.shape[:2], self.num_kv_heads, -1, self.head_dim)
 
     def _attend_chunk(self, q, k, v, layout: TokenLayout, state: AttentionState) -> jax.Array:
         """A chunk of queries against the ring, unrolled oldest first, and the chunk itself."""
@@ -155,15 +187,9 @@ class Attention(nnx.Module):
         owner = jnp.where(held >= first[:, None], 0, -1)
         old_k = jnp.take_along_axis(state.keys, order[..., None, None], axis=1)
         old_v = jnp.take_along_axis(state.values, order[..., None, None], axis=1)
-        return attention(
-            q,
-            jnp.concatenate([old_k.astype(k.dtype), k], axis=1),
-            jnp.concatenate([old_v.astype(v.dtype), v], axis=1),
-            causal=True,
-            window=self.window,
-            softcap=self.softcap,
-            segment_ids=(segments, jnp.concatenate([owner, segments], axis=1)),
-        )
+        keys = jnp.concatenate([old_k.astype(k.dtype), k], axis=1)
+        values = jnp.concatenate([old_v.astype(v.dtype), v], axis=1)
+        return self._attend(q, keys, values, segments, jnp.concatenate([owner, segments], axis=1))
 
 
 def _continued(layout: TokenLayout) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -171,13 +197,6 @@ def _continued(layout: TokenLayout) -> tuple[jax.Array, jax.Array, jax.Array]:
     if layout.cached is None or layout.first is None or layout.segments is None:
         raise ValueError("a cache was given, but the layout is one of whole sequences")
     return layout.cached, layout.first, layout.segments
-
-
-def _held_positions(cached: jax.Array, slots: int) -> jax.Array:
-    """`[B, R]`: the position each slot holds when `cached [B]` tokens came; negative if none."""
-    slot = jnp.arange(slots)[None]
-    newest = cached[:, None] - 1
-    return newest - (newest - slot) % slots
 
 
 def _write(

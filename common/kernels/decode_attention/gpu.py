@@ -25,7 +25,7 @@ warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", Dep
 
 _LEAST = 16  # rows of a tensor core's product
 _PROGRAMS = 264  # that keep a large GPU busy
-_DEFAULT = {"keys": 64, "least": 128, "warps": 4, "stages": 3}
+_BLOCK_BYTES = 2**14  # of keys; two arrays in three stages then leave room for two programs
 
 
 def supports(q: jax.Array, keys: jax.Array) -> bool:
@@ -49,13 +49,10 @@ def attention(
     """Returns `[B, T, K, G, h]` from q `[B, T, K, G, h]` and keys, values `[B, S, K, h]`."""
     batch, queries, kv_heads, group, width = q.shape
     slots = keys.shape[1]
-    blocks = tuning.blocks(
-        Path(__file__).parent,
-        "forward",
-        keys.dtype,
-        {"S": slots, "K": kv_heads, "h": width},
-        _DEFAULT,
-    )
+    fitting = min(128, max(_LEAST, _BLOCK_BYTES // (width * keys.dtype.itemsize)))
+    default = {"keys": fitting, "least": 128, "warps": 4, "stages": 3}
+    shape = {"S": slots, "K": kv_heads, "h": width}
+    blocks = tuning.blocks(Path(__file__).parent, "forward", keys.dtype, shape, default)
     block = blocks["keys"]
     keys, values = (round_up(x, 1, block) if slots < block else x for x in (keys, values))
     shares = max(1, min(_PROGRAMS // (batch * kv_heads), slots // blocks["least"]))

@@ -26,12 +26,11 @@ def attention(
         )
         seen = jnp.broadcast_to(ring.visible_new(options, queries), (q.shape[0], queries, queries))
         allowed = jnp.concatenate([allowed, seen], axis=2)
-    wide = (x.astype(jnp.float32) for x in (q, keys, values))
-    q32, k32, v32 = wide
-    scores = options.scale * jnp.einsum("btkgh,bskh->bkgts", q32, k32)
+    wide_q, keys, values = (x.astype(jnp.float32) for x in (q, keys, values))
+    scores = options.scale * jnp.einsum("btkgh,bskh->bkgts", wide_q, keys)
     if options.softcap is not None:
         scores = options.softcap * jnp.tanh(scores / options.softcap)
     allowed = allowed[:, None, None]
     weights = jax.nn.softmax(jnp.where(allowed, scores, -1e30), axis=-1)
     weights = jnp.where(allowed, weights, 0.0)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, v32).astype(q.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, values).astype(q.dtype)
