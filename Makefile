@@ -18,8 +18,8 @@ help: ## show this
 	@echo
 	@echo "  PYTHON=python3.12 chooses the interpreter, VENV=.venv the environment."
 
-# Benchmarks that are commands; what they share has a name with a leading underscore.
-BENCHMARKS = $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
+# Those that compare on any machine; benchmarks.gpu and benchmarks.tune need an accelerator.
+BENCHMARKS := linear_scan nearest_centroid recurrentgemma
 
 # Each stamp says that an extra is installed in $(VENV) as pyproject.toml and the constraints ask.
 SOURCES := pyproject.toml $(wildcard .ci/constraints-*.txt)
@@ -67,8 +67,8 @@ compile: $(VENV)/.compile ## kernels and train steps ahead of time for TPU and H
 	if [ $$code -eq 5 ]; then echo "no ahead-of-time test exists yet"; else exit $$code; fi
 
 bench: $(VENV)/.parity ## side by side with the public implementations; see benchmarks/README.md
-	@set -e; for file in $(BENCHMARKS); do \
-		echo "=== $$file"; $(BIN)/python -m $$(echo $${file%.py} | tr / .) $(ARGS); done
+	@set -e; for name in $(BENCHMARKS); do \
+		echo "=== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name $(ARGS); done
 
 lint: $(VENV)/.test ## ruff (rules and format), mypy
 	$(BIN)/ruff check .

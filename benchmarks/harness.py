@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from common.errors import UserError
+from common.sharding import accelerator_of
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -102,6 +104,56 @@ def summarise(
             float(median), float(low), float(high), float(min(values)), len(values), ratio
         )
     return result
+
+
+def device_seconds(
+    program: Callable[..., Any], operands: Any, *, calls: int, repeats: int = 5
+) -> tuple[list[float], list[jax.Array]]:
+    """Times `program(*operands)` on the device, without the host's share of starting it.
+
+    One compiled loop calls it over and over. Its results are carried from call to call, so that
+    each is computed as a whole, and a barrier ties a call to the results before it, so that the
+    compiler cannot move it out of the loop.
+
+    Args:
+        program: A function of arrays, or of trees of them, that returns the like.
+        operands: Its arguments.
+        calls: How many the loop makes; so many that starting the loop is nothing beside them.
+        repeats: Timed runs of the loop, after one that is not.
+
+    Returns:
+        Seconds of one call, for each run of the loop, and the leaves of the program's results.
+    """
+
+    def loop(operands: Any) -> Any:
+        def once(_: Any, before: Any) -> Any:
+            inputs, _ = jax.lax.optimization_barrier((operands, before))
+            return jax.tree.leaves(program(*inputs))
+
+        shapes = jax.tree.leaves(jax.eval_shape(program, *operands))
+        return jax.lax.fori_loop(0, calls, once, [jnp.zeros(x.shape, x.dtype) for x in shapes])
+
+    compiled = jax.jit(loop).lower(operands).compile()
+    results = jax.block_until_ready(compiled(operands))
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(operands))
+        seconds.append((time.perf_counter() - start) / calls)
+    return seconds, results
+
+
+def least_seconds(flops: float, bytes_moved: float) -> float | None:
+    """Returns the time that this device's declared capacities allow; None for a CPU.
+
+    Args:
+        flops: Operations of matrix units in 16 bits.
+        bytes_moved: From and to the device's memory.
+    """
+    device = accelerator_of(jax.devices()[0])
+    if device is None:
+        return None
+    return max(flops / device.flops, bytes_moved / device.bandwidth)
 
 
 def run_elsewhere(

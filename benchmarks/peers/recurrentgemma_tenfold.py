@@ -15,7 +15,7 @@ from common.generate.sampling import Sampling
 from common.sharding import MeshConfig, make_mesh
 from common.train.language import NextToken
 from common.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from common.train.state import ModelParts, abstract_train_state, init_state
+from common.train.state import ModelParts, abstract_train_state, init_state, shardings_of
 from common.train.step import make_train_step
 from recurrentgemma import Griffin, GriffinConfig
 
@@ -23,10 +23,18 @@ _STEPS = 10_000
 
 
 class Tenfold:
-    """See `Contender`."""
+    """See `Contender`.
 
-    def __init__(self, config: GriffinConfig, params: dict[str, Any]):
-        self._config, self._params = config, params
+    Args:
+        config: Shape of the model.
+        params: Its parameters.
+        loss_chunk: Positions of a row whose logits exist at a time in training; None for all.
+    """
+
+    def __init__(
+        self, config: GriffinConfig, params: dict[str, Any], *, loss_chunk: int | None = None
+    ):
+        self._config, self._params, self._loss_chunk = config, params, loss_chunk
         self.vocab_size = config.vocab_size
         self.compile_seconds = 0.0
 
@@ -98,7 +106,7 @@ class Tenfold:
 
     def _train(self, setting: Setting, tokens: np.ndarray) -> Run:
         config = dataclasses.replace(self._config, dtype=setting.dtype)
-        task = NextToken(lambda rngs: Griffin(config, rngs=rngs))
+        task = NextToken(lambda rngs: Griffin(config, rngs=rngs), loss_chunk=self._loss_chunk)
         parts = ModelParts(task, seed=0)
         settings = OptimizerConfig(schedule="constant")
         optimizer = make_optimizer(settings, _STEPS, parts.decays)
@@ -106,8 +114,13 @@ class Tenfold:
         mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
         abstract = abstract_train_state(parts, optimizer, mesh)
         step = make_train_step(parts, optimizer, learning_rate(settings, _STEPS), mesh, abstract)
-        params = jax.tree.map(jnp.copy, self._params)
-        state = jax.jit(lambda params: init_state(parts, optimizer, params))(params)
+        # As the trainer begins: the step compiles once. It takes the parameters over.
+        first = jax.jit(
+            lambda params: init_state(parts, optimizer, params),
+            out_shardings=shardings_of(abstract),
+            donate_argnums=0,
+        )
+        state = first(jax.tree.map(jnp.copy, self._params))
         rows = tokens[:, :-1].shape
         batch = {
             "tokens": tokens[:, :-1],
