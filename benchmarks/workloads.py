@@ -201,14 +201,22 @@ def _decode_attention(tiny: bool) -> list[Workload]:
     found = []
     for batch, keys, heads, kv_heads, width in settings:
         shapes = (batch, 1, heads, width), *[(batch, keys, kv_heads, width)] * 2
+
+        def operands(shapes: Any = shapes) -> tuple[jax.Array, ...]:
+            batch, keys = shapes[1][:2]
+            return *_normal(*shapes, dtype=jnp.bfloat16), jnp.full((batch,), keys, jnp.int32)
+
         found.append(
             Workload(
                 "decode_attention",
                 "forward",
                 f"{list(shapes[0])} over {keys} keys of {kv_heads} heads, bfloat16",
-                lambda shapes=shapes: _normal(*shapes, dtype=jnp.bfloat16),
-                lambda form: lambda q, k, v: kernels.attention(q, k, v, implementation=form),
-                _jax_attention(None, causal=False),
+                operands,
+                lambda form: lambda *x: kernels.decode_attention(*x, implementation=form),
+                {  # every cache is full
+                    name: lambda q, k, v, _, peer=peer: peer(q, k, v)
+                    for name, peer in _jax_attention(None, causal=False).items()
+                },
                 flops=4.0 * batch * keys * heads * width,
             )
         )

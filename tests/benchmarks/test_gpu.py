@@ -23,6 +23,10 @@ def fail():
     raise RuntimeError("it | is\nbroken")
 
 
+def refuse():
+    raise ValueError("no such thing")
+
+
 def crash():
     raise SystemExit(-11)  # as a signal would look to the parent
 
@@ -60,6 +64,13 @@ def test_a_failure_leaves_the_others(section):
     assert (ours["seconds"], last["seconds"]) == (1.0, 2.0)
     assert bad["note"] == "failed: RuntimeError: it | is broken"
     assert worse["note"] == "failed: exit code -11"
+
+
+def test_a_refusal_needs_no_fresh_process(section, tmp_path):
+    section(bad=refuse, ours=lambda: result(1.0))
+    assert gpu.run_items("some", tmp_path / "records", tiny=False) == 0
+    section(bad=fail, ours=lambda: result(1.0))
+    assert gpu.run_items("some", tmp_path / "others", tiny=False) != 0
 
 
 def test_the_deadline_leaves_what_was_measured(section):
