@@ -93,38 +93,38 @@ def _plan(kernel: str, v: jax.Array, default: dict[str, int]) -> _Plan:
 @functools.partial(jax.jit, static_argnames=("plan", "interpret"))
 def _forward(v, gate_x, gate_a, a_param, h0, reset, valid, *, plan, interpret):
     batch, _, width = v.shape
-    marks, rate = _marks(reset, valid, v.shape, plan), gates.rates(a_param)
+    forced, rate = _forced(reset, valid, v.shape, plan), gates.rates(a_param)
     states = jax.ShapeDtypeStruct((batch, plan.stretches, width), jnp.float32)
     call = functools.partial(_call, v.shape, plan, interpret)
     starts = h0.astype(jnp.float32)[:, None]
     if plan.stretches > 1:
-        effects = call(_ends_kernel, [states, states], marks, rate, v, gate_x, gate_a)
+        effects = call(_ends_kernel, [states, states], forced, rate, v, gate_x, gate_a)
         starts = _link(effects, starts, reverse=False)
     wide = jax.ShapeDtypeStruct(v.shape, v.dtype)
-    h, ends = call(_forward_kernel, [wide, states], marks, rate, starts, v, gate_x, gate_a)
+    h, ends = call(_forward_kernel, [wide, states], forced, rate, starts, v, gate_x, gate_a)
     return h, ends[:, -1]
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "interpret"))
 def _backward(v, gate_x, gate_a, a_param, h0, reset, valid, h, dh, dh_last, *, plan, interpret):
     batch, _, width = v.shape
-    marks, rate = _marks(reset, valid, v.shape, plan), gates.rates(a_param)
+    forced, rate = _forced(reset, valid, v.shape, plan), gates.rates(a_param)
     states = jax.ShapeDtypeStruct((batch, plan.stretches, width), jnp.float32)
     call = functools.partial(_call, v.shape, plan, interpret)
     starts = dh_last.astype(jnp.float32)[:, None]
     if plan.stretches > 1:
-        effects = call(_backward_ends_kernel, [states, states], marks, rate, gate_a, dh)
+        effects = call(_backward_ends_kernel, [states, states], forced, rate, gate_a, dh)
         starts = _link(effects, starts, reverse=True)
     wide = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (v, gate_x, gate_a)]
-    operands = marks, rate, starts, h0, v, gate_x, gate_a, dh, h
+    operands = forced, rate, starts, h0, v, gate_x, gate_a, dh, h
     *gradients, d_rate, carries = call(_backward_kernel, [*wide, states, states], *operands)
     return *gradients, gates.d_a_param(a_param, d_rate), carries[:, 0].astype(h0.dtype)
 
 
-def _marks(reset: Any, valid: Any, shape: tuple[int, ...], plan: _Plan) -> jax.Array:
-    """Returns `gates.marks` for all that a program reads, the rows read ahead included."""
+def _forced(reset: Any, valid: Any, shape: tuple[int, ...], plan: _Plan) -> jax.Array:
+    """Returns `gates.forced_log_decay` of all steps that are read, those read ahead included."""
     length = plan.stretches * plan.stretch + plan.steps
-    return gates.marks(reset, valid, (shape[0], shape[1]), length)
+    return gates.forced_log_decay(reset, valid, (shape[0], shape[1]), length)
 
 
 def _call(
@@ -198,40 +198,45 @@ class _Program:
         self,
         body: Callable[..., Any],
         state: Any,
-        marks_ref: Any,
+        forced_ref: Any,
+        rate_ref: Any,
         *refs: tuple[Any, int],
         reverse: bool = False,
     ) -> Any:
-        """Calls `body(t, mark, values, state)` at each step of the stretch.
+        """Calls `body(t, gate, values, state)` at each step of the stretch.
 
         Args:
           body: returns the new state.
           state: before the first step.
-          marks_ref: `[B, at least L]`.
+          forced_ref, rate_ref: what makes the `gate` of a step.
           refs: arrays `[B, L, E]` to read, with the offset in time of the step to read.
           reverse: walks from the last step to the first.
         """
-        plan = self.plan
+        steps, rate = self.plan.steps, self.read(rate_ref)
         sign = -1 if reverse else 1
-        first = self.begin + (plan.stretch - 1 if reverse else 0)
+        first = self.begin + (self.plan.stretch - 1 if reverse else 0)
+
+        def times(n):
+            return [first + sign * (n * steps + u) for u in range(steps)]
 
         def fetch(n):
-            rows = []
-            for t in [first + sign * (n * plan.steps + u) for u in range(plan.steps)]:
-                mark = marks_ref[self.row, jnp.maximum(t, 0)]
-                rows.append((mark, [self.read_step(ref, t + offset) for ref, offset in refs]))
-            return rows
+            return [
+                (
+                    forced_ref[self.row, jnp.maximum(t, 0)],
+                    [self.read_step(ref, t + offset) for ref, offset in refs],
+                )
+                for t in times(n)
+            ]
 
-        def step(n, carry):
+        def advance(n, carry):
             state, rows = carry
             ahead = fetch(n + 1)
-            for u, (mark, values) in enumerate(rows):
-                t = first + sign * (n * plan.steps + u)
-                mark = jnp.full((plan.channels,), mark)
-                state = body(t, mark, [x.astype(jnp.float32) for x in values], state)
+            for t, (forced, values) in zip(times(n), rows):
+                gate = gates.Gates(rate, jnp.full_like(rate, forced), lambda x: 1.0 / x)
+                state = body(t, gate, [x.astype(jnp.float32) for x in values], state)
             return state, ahead
 
-        state, _ = lax.fori_loop(0, plan.stretch // plan.steps, step, (state, fetch(0)))
+        state, _ = lax.fori_loop(0, self.plan.stretch // steps, advance, (state, fetch(0)))
         return state
 
     def constant(self, value: float) -> jax.Array:
@@ -239,77 +244,77 @@ class _Program:
 
 
 def _forward_kernel(
-    marks_ref, rate_ref, starts_ref, v_ref, gate_x_ref, gate_a_ref, h_ref, ends_ref, **sizes
+    forced_ref, rate_ref, starts_ref, v_ref, gate_x_ref, gate_a_ref, h_ref, ends_ref, **sizes
 ):
     at = _Program(**sizes)
-    rate = at.read(rate_ref)
 
-    def step(t, mark, values, h):
-        v, gate_x, gate_a = values
-        a, x = gates.decay_and_input(v, gate_x, gate_a, rate, mark)
+    def step(t, gate, values, h):
+        a, x = gate.decay_and_input(*values)
         h = a * h + x
         at.write_step(h_ref, h, t)
         return h
 
     refs = (v_ref, 0), (gate_x_ref, 0), (gate_a_ref, 0)
-    h = at.walk(step, at.read(starts_ref, at.row, at.stretch), marks_ref, *refs)
+    start = at.read(starts_ref, at.row, at.stretch)
+    h = at.walk(step, start, forced_ref, rate_ref, *refs)
     at.write(ends_ref, h, at.row, at.stretch)
 
 
 def _ends_kernel(
-    marks_ref, rate_ref, v_ref, gate_x_ref, gate_a_ref, products_ref, ends_ref, **sizes
+    forced_ref, rate_ref, v_ref, gate_x_ref, gate_a_ref, products_ref, ends_ref, **sizes
 ):
     at = _Program(**sizes)
-    rate = at.read(rate_ref)
 
-    def step(t, mark, values, state):
+    def step(t, gate, values, state):
         product, h = state
-        v, gate_x, gate_a = values
-        a, x = gates.decay_and_input(v, gate_x, gate_a, rate, mark)
+        a, x = gate.decay_and_input(*values)
         return a * product, a * h + x
 
+    start = at.constant(1.0), at.constant(0.0)
     refs = (v_ref, 0), (gate_x_ref, 0), (gate_a_ref, 0)
-    product, h = at.walk(step, (at.constant(1.0), at.constant(0.0)), marks_ref, *refs)
+    product, h = at.walk(step, start, forced_ref, rate_ref, *refs)
     at.write(products_ref, product, at.row, at.stretch)
     at.write(ends_ref, h, at.row, at.stretch)
 
 
-def _backward_ends_kernel(marks_ref, rate_ref, gate_a_ref, dh_ref, products_ref, ends_ref, **sizes):
+def _backward_ends_kernel(
+    forced_ref, rate_ref, gate_a_ref, dh_ref, products_ref, ends_ref, **sizes
+):
     at = _Program(**sizes)
-    rate = at.read(rate_ref)
 
-    def step(t, mark, values, state):
+    def step(t, gate, values, state):
         product, carry = state
         gate_a, dh = values
-        a = gates.decay(gate_a, rate, mark)
+        a = gate.decay(gate_a)
         return a * product, a * (dh + carry)
 
-    state, refs = (at.constant(1.0), at.constant(0.0)), ((gate_a_ref, 0), (dh_ref, 0))
-    product, carry = at.walk(step, state, marks_ref, *refs, reverse=True)
+    start = at.constant(1.0), at.constant(0.0)
+    refs = (gate_a_ref, 0), (dh_ref, 0)
+    product, carry = at.walk(step, start, forced_ref, rate_ref, *refs, reverse=True)
     at.write(products_ref, product, at.row, at.stretch)
     at.write(ends_ref, carry, at.row, at.stretch)
 
 
 def _backward_kernel(
-    marks_ref, rate_ref, starts_ref, h0_ref, v_ref, gate_x_ref, gate_a_ref, dh_ref, h_ref,
+    forced_ref, rate_ref, starts_ref, h0_ref, v_ref, gate_x_ref, gate_a_ref, dh_ref, h_ref,
     dv_ref, d_gate_x_ref, d_gate_a_ref, d_rate_ref, carries_ref, **sizes,
 ):  # fmt: skip
     """With `g_t` the gradient of `h_t`: `g_t = dh_t + p_{t+1}`, and `p_t = a_t g_t` is carried."""
     at = _Program(**sizes)
-    rate, h0 = at.read(rate_ref), at.read(h0_ref, at.row)
+    h0 = at.read(h0_ref, at.row)
 
-    def step(t, mark, values, state):
+    def step(t, gate, values, state):
         carry, d_rate = state
         v, gate_x, gate_a, dh, before = values
         g = dh + carry
         before = jnp.where(t == 0, h0, before)
-        *wide, d_step = gates.gradients(g, before, v, gate_x, gate_a, rate, mark)
+        *wide, d_step = gate.gradients(g, before, v, gate_x, gate_a)
         for ref, value in zip((dv_ref, d_gate_x_ref, d_gate_a_ref), wide):
             at.write_step(ref, value, t)
-        return gates.decay(gate_a, rate, mark) * g, d_rate + d_step
+        return gate.decay(gate_a) * g, d_rate + d_step
 
-    state = at.read(starts_ref, at.row, at.stretch), at.constant(0.0)
+    start = at.read(starts_ref, at.row, at.stretch), at.constant(0.0)
     refs = (v_ref, 0), (gate_x_ref, 0), (gate_a_ref, 0), (dh_ref, 0), (h_ref, -1)
-    carry, d_rate = at.walk(step, state, marks_ref, *refs, reverse=True)
+    carry, d_rate = at.walk(step, start, forced_ref, rate_ref, *refs, reverse=True)
     at.write(carries_ref, carry, at.row, at.stretch)
     at.write(d_rate_ref, d_rate, at.row, at.stretch)

@@ -2,8 +2,9 @@
 
 The grid is (batch, channels, time); time runs innermost and in order, and the state stays in VMEM
 between its blocks. A block is cut into eight stretches of time, which stand in the eight sublanes
-of a register: the recurrence runs through all of them side by side from a zero state, with the
-product of decays beside it, and then each stretch receives the state it should have started from.
+of a register. The recurrence runs through all of them side by side, twice: first from no state,
+together with the product of decays, to find what each stretch does to any state; then from the
+states that follow.
 """
 
 import functools
@@ -22,8 +23,9 @@ from common.kernels.rg_lru import gates
 _LANES, _STRETCHES = 128, 8
 _ROWS = 16  # steps that elementwise work takes at a time: one register of 16-bit numbers
 _UNIT = _STRETCHES * _ROWS  # a block of time is a multiple of this
+_UNROLL = 4  # iterations that the compiler interleaves
 
-_FORWARD, _BACKWARD = {"time": 256, "channels": 512}, {"time": 256, "channels": 512}
+_FORWARD, _BACKWARD = {"time": 512, "channels": 512}, {"time": 256, "channels": 512}
 
 
 def forward(
@@ -92,7 +94,7 @@ def _forward(v, gate_x, gate_a, a_param, h0, reset, valid, *, time, channels, in
     h, h_last = pl.pallas_call(
         _forward_kernel,
         grid=grid,
-        in_specs=[at.marks, at.rate, at.state, at.wide, at.wide, at.wide],
+        in_specs=[at.forced, at.rate, at.state, at.wide, at.wide, at.wide],
         out_specs=[at.wide, at.state],
         out_shape=[
             jax.ShapeDtypeStruct(wide[0].shape, v.dtype),
@@ -103,7 +105,7 @@ def _forward(v, gate_x, gate_a, a_param, h0, reset, valid, *, time, channels, in
         interpret=interpret,
         name="rg_lru_forward",
     )(
-        _marks(reset, valid, (batch, length), time),
+        _forced(reset, valid, (batch, length), time),
         _padded(gates.rates(a_param)[None], {1: channels}),
         _padded(h0.astype(jnp.float32)[:, None], {2: channels}),
         *wide,
@@ -122,10 +124,10 @@ def _backward(
     states = [_padded(x.astype(jnp.float32)[:, None], {2: channels}) for x in (h0, dh_last)]
     flat = jax.ShapeDtypeStruct((batch, 1, wide[0].shape[2]), jnp.float32)
     *wide_gradients, d_rate, dh0 = pl.pallas_call(
-        _backward_kernel,
+        functools.partial(_backward_kernel, length=wide[0].shape[1]),
         grid=grid,
         in_specs=[
-            *(at.marks, at.rate, at.state, at.state),
+            *(at.forced, at.rate, at.state, at.state),
             *(at.wide, at.wide, at.wide, at.wide, at.wide, at.before),
         ],
         out_specs=[at.wide, at.wide, at.wide, at.state, at.state],
@@ -135,7 +137,7 @@ def _backward(
         interpret=interpret,
         name="rg_lru_backward",
     )(
-        _marks(reset, valid, (batch, length), time),
+        _forced(reset, valid, (batch, length), time),
         _padded(gates.rates(a_param)[None], {1: channels}),
         *states,
         *wide,
@@ -153,12 +155,12 @@ def _grid(shape: tuple[int, ...], time: int, channels: int) -> tuple[int, int, i
     return shape[0], pl.cdiv(shape[2], channels), pl.cdiv(shape[1], time)
 
 
-def _marks(
+def _forced(
     reset: jax.Array, valid: jax.Array | None, shape: tuple[int, int], time: int
 ) -> jax.Array:
-    """Returns `gates.marks` as float32 `[B, 1, L]`, filled up to whole blocks."""
-    marks = gates.marks(reset, valid, shape, pl.cdiv(shape[1], time) * time)
-    return marks[:, None].astype(jnp.float32)
+    """Returns `gates.forced_log_decay` as `[B, 1, L]`, filled up to whole blocks."""
+    length = pl.cdiv(shape[1], time) * time
+    return gates.forced_log_decay(reset, valid, shape, length)[:, None]
 
 
 class _BlockSpecs:
@@ -173,15 +175,17 @@ class _BlockSpecs:
         self.before = pl.BlockSpec(  # the rows that end where the block begins
             (1, _ROWS, channels), lambda b, e, t: (b, jnp.maximum(block(t) * rows - 1, 0), e)
         )
-        self.marks = pl.BlockSpec((1, 1, time), lambda b, e, t: (b, 0, block(t)))
+        self.forced = pl.BlockSpec((1, 1, time), lambda b, e, t: (b, 0, block(t)))
         self.rate = pl.BlockSpec((1, channels), lambda b, e, t: (0, e))
         self.state = pl.BlockSpec((1, 1, channels), lambda b, e, t: (b, 0, e))
 
 
 def _scratch(time: int, channels: int) -> list[Any]:
+    """For forced decays as a column, for two values a step and channel, for stretches' starts."""
     groups = channels // _LANES
-    # Strided access to sublanes asks for arrays that are one register wide.
-    wide = pltpu.VMEM((groups, time, _LANES), jnp.float32)
+    # Strided access to sublanes asks for arrays of one register's width, and stays clear of bank
+    # conflicts if its stride is odd: one row is left free after each stretch.
+    wide = pltpu.VMEM((groups, time + _STRETCHES, _LANES), jnp.float32)
     column = pltpu.VMEM((time, _LANES), jnp.float32)
     starts = pltpu.VMEM((groups, _STRETCHES, _LANES), jnp.float32)
     return [column, wide, wide, starts]
@@ -189,109 +193,91 @@ def _scratch(time: int, channels: int) -> list[Any]:
 
 # --- Inside the kernels: references to blocks `[1, T, C]`, `[1, 1, C]`, and scratch.
 
+_Gates = functools.partial(
+    gates.Gates, reciprocal=functools.partial(pl.reciprocal, full_range=False)
+)
+
 
 def _forward_kernel(
-    marks_ref, rate_ref, h0_ref, v_ref, gate_x_ref, gate_a_ref, h_ref, last_ref,
+    forced_ref, rate_ref, h0_ref, v_ref, gate_x_ref, gate_a_ref, h_ref, last_ref,
     column_ref, a_ref, x_ref, starts_ref,
 ):  # fmt: skip
     @pl.when(pl.program_id(2) == 0)
     def _():
         last_ref[...] = h0_ref[...]
 
-    def gate(rows, _):
-        mark = column_ref[rows, :]
+    def gate(rows, own):
         for group, lanes in _groups(a_ref):
+            gate = _Gates(rate_ref[:, lanes], column_ref[rows, :])
             v, gate_x, gate_a = _read(rows, lanes, v_ref, gate_x_ref, gate_a_ref)
-            a, x = gates.decay_and_input(v, gate_x, gate_a, rate_ref[:, lanes], mark)
-            a_ref[group, rows, :] = a
-            x_ref[group, rows, :] = x
+            a_ref[group, own, :], x_ref[group, own, :] = gate.decay_and_input(v, gate_x, gate_a)
 
-    def run(at, state):
-        products, states = state
-        for group in range(len(states)):
-            a_group, x_group = a_ref.at[group], x_ref.at[group]
-            a = a_group[at, :]
-            products[group] = a * products[group]
-            states[group] = a * states[group] + x_group[at, :]
-            a_group[at, :] = products[group]
-            x_group[at, :] = states[group]
-        return products, states
+    def step(a, h, x_ref):
+        h = a * h + x_ref[...]
+        return h, h
 
-    def finish(rows, stretch):
-        for group, lanes in _groups(a_ref):
-            start = starts_ref[group, pl.ds(stretch, 1), :]
-            h = x_ref[group, rows, :] + a_ref[group, rows, :] * start
-            h_ref[0, rows, lanes] = h.astype(h_ref.dtype)
+    def finish(rows, own):
+        for group, lanes in _groups(x_ref):
+            h_ref[0, rows, lanes] = x_ref[group, own, :].astype(h_ref.dtype)
 
-    _spread(marks_ref, column_ref)
-    _each_rows(gate, a_ref)
-    products, states = _each_step(run, a_ref, reverse=False)
-    _link(products, states, last_ref, starts_ref, reverse=False)
-    _each_rows(finish, a_ref)
+    _spread(forced_ref, column_ref)
+    _each_rows(gate, column_ref)
+    _recur(step, a_ref, x_ref, last_ref, starts_ref, reverse=False)
+    _each_rows(finish, column_ref)
 
 
 def _backward_kernel(
-    marks_ref, rate_ref, h0_ref, dh_last_ref,
+    forced_ref, rate_ref, h0_ref, dh_last_ref,
     v_ref, gate_x_ref, gate_a_ref, dh_ref, h_ref, before_ref,
     dv_ref, d_gate_x_ref, d_gate_a_ref, d_rate_ref, carry_ref,
     column_ref, a_ref, g_ref, starts_ref,
+    *, length,
 ):  # fmt: skip
     """With `g_t` the gradient of `h_t`: `g_t = dh_t + p_{t+1}`, and `p_t = a_t g_t` is carried."""
+    time = column_ref.shape[0]
+    block = pl.num_programs(2) - 1 - pl.program_id(2)
+    row = jax.lax.broadcasted_iota(jnp.int32, (_ROWS, _LANES), 0)
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         carry_ref[...] = dh_last_ref[...]
         d_rate_ref[...] = jnp.zeros_like(d_rate_ref)
 
-    def gate(rows, _):
-        mark = column_ref[rows, :]
+    def gate(rows, own):
         for group, lanes in _groups(a_ref):
+            gate = _Gates(rate_ref[:, lanes], column_ref[rows, :])
             gate_a, dh = _read(rows, lanes, gate_a_ref, dh_ref)
-            a_ref[group, rows, :] = gates.decay(gate_a, rate_ref[:, lanes], mark)
-            g_ref[group, rows, :] = jnp.where(mark == gates.OUTSIDE, 0.0, dh)
+            if length % time:  # what lies beyond the end may be anything
+                dh = jnp.where(block * time + rows.start + row < length, dh, 0.0)
+            a_ref[group, own, :], g_ref[group, own, :] = gate.decay(gate_a), dh
 
-    def run(at, state):
-        products, carries = state
-        for group in range(len(carries)):
-            a_group, g_group = a_ref.at[group], g_ref.at[group]
-            a, g = a_group[at, :], g_group[at, :] + carries[group]
-            g_group[at, :] = g
-            a_group[at, :] = products[group]  # of the steps between here and the end
-            products[group] = a * products[group]
-            carries[group] = a * g
-        return products, carries
+    def step(a, p, g_ref):
+        g = g_ref[...] + p
+        return a * g, g
 
-    first = pl.program_id(2) == pl.num_programs(2) - 1
-    row = jax.lax.broadcasted_iota(jnp.int32, (_ROWS, _LANES), 0)
-
-    def finish(rows, stretch, state):
+    def finish(rows, own, state):
         before, d_rate = state
-        mark = column_ref[rows, :]
-        for group, lanes in _groups(a_ref):
-            start = starts_ref[group, pl.ds(stretch, 1), :]
-            g = g_ref[group, rows, :] + a_ref[group, rows, :] * start
+        for group, lanes in _groups(g_ref):
+            gate = _Gates(rate_ref[:, lanes], column_ref[rows, :])
             v, gate_x, gate_a, h = _read(rows, lanes, v_ref, gate_x_ref, gate_a_ref, h_ref)
             previous = jnp.where(row == 0, before[group], pltpu.roll(h, 1, 0))
-            *wide, d_step = gates.gradients(
-                g, previous, v, gate_x, gate_a, rate_ref[:, lanes], mark
-            )
+            *wide, d_step = gate.gradients(g_ref[group, own, :], previous, v, gate_x, gate_a)
             for ref, value in zip((dv_ref, d_gate_x_ref, d_gate_a_ref), wide):
                 ref[0, rows, lanes] = value.astype(ref.dtype)
             before[group] = h[_ROWS - 1 :]
             d_rate[group] = d_rate[group] + d_step
         return before, d_rate
 
-    _spread(marks_ref, column_ref)
-    _each_rows(gate, a_ref)
-    products, carries = _each_step(run, a_ref, reverse=True)
-    _link(products, carries, carry_ref, starts_ref, reverse=True)
+    _spread(forced_ref, column_ref)
+    _each_rows(gate, column_ref)
+    _recur(step, a_ref, g_ref, carry_ref, starts_ref, reverse=True)
     before, d_rate = [], []
-    for _, lanes in _groups(a_ref):
+    for _, lanes in _groups(g_ref):
         (ends,) = _read(slice(None), lanes, before_ref)
-        before.append(jnp.where(first, h0_ref[0, :, lanes], ends[_ROWS - 1 :]))
+        before.append(jnp.where(block == 0, h0_ref[0, :, lanes], ends[_ROWS - 1 :]))
         d_rate.append(jnp.zeros((_ROWS, _LANES), jnp.float32))
-    _, d_rate = _each_rows(finish, a_ref, (before, d_rate))
-    for group, lanes in _groups(a_ref):
+    _, d_rate = _each_rows(finish, column_ref, (before, d_rate))
+    for group, lanes in _groups(g_ref):
         d_rate_ref[0, :, lanes] += jnp.sum(d_rate[group], axis=0, keepdims=True)
 
 
@@ -305,56 +291,71 @@ def _read(rows: Any, lanes: slice, *refs: Any) -> list[jax.Array]:
     return [ref[0, rows, lanes].astype(jnp.float32) for ref in refs]
 
 
-def _spread(marks_ref: Any, column_ref: Any) -> None:
-    """Turns the row of marks into a column, the same in every lane."""
-    row = jnp.broadcast_to(marks_ref[0], (_LANES, column_ref.shape[0]))
+def _spread(row_ref: Any, column_ref: Any) -> None:
+    """Turns a row of numbers, one per step, into a column, the same in every lane."""
+    row = jnp.broadcast_to(row_ref[0], (_LANES, column_ref.shape[0]))
     column_ref[...] = row.T
 
 
-def _each_rows(body: Callable[..., Any], wide_ref: Any, state: Any = None) -> Any:
-    """Calls `body(rows, stretch[, state])` for each group of rows, in order."""
-    time = wide_ref.shape[1]
+def _each_rows(body: Callable[..., Any], column_ref: Any, state: Any = None) -> Any:
+    """Calls `body(rows, own[, state])` for each group of rows in order.
 
-    def step(n, state):
-        rows = pl.ds(pl.multiple_of(n * _ROWS, _ROWS), _ROWS)
-        stretch = jax.lax.div(n, time // _UNIT)
-        return body(rows, stretch) if state is None else body(rows, stretch, state)
-
-    return jax.lax.fori_loop(0, time // _ROWS, step, state)
-
-
-def _each_step(body: Callable[..., Any], wide_ref: Any, *, reverse: bool) -> Any:
-    """Calls `body(steps, state)` for the n-th step of every stretch, in order or against it.
-
-    The state are the product of decays (from one) and the carried value (from zero), each
-    `[8, 128]` for every group of lanes.
+    `rows` are those of the block, `own` the same within scratch.
     """
-    groups, time, _ = wide_ref.shape
-    each = time // _STRETCHES
+    time = column_ref.shape[0]
 
     def step(n, state):
-        return body(pl.ds(each - 1 - n if reverse else n, _STRETCHES, stride=each), state)
+        first = pl.multiple_of(n * _ROWS, _ROWS)
+        stretch = jax.lax.div(n, time // _UNIT)
+        rows, own = pl.ds(first, _ROWS), pl.ds(first + stretch, _ROWS)
+        return body(rows, own) if state is None else body(rows, own, state)
 
-    start = tuple(
-        [jnp.full((_STRETCHES, _LANES), value, jnp.float32) for _ in range(groups)]
-        for value in (1.0, 0.0)
-    )
-    return jax.lax.fori_loop(0, each, step, start, unroll=4)
+    return jax.lax.fori_loop(0, time // _ROWS, step, state, unroll=_UNROLL)
 
 
-def _link(
-    products: list[jax.Array],
-    ends: list[jax.Array],
+def _recur(
+    step: Callable[..., Any],
+    a_ref: Any,
+    value_ref: Any,
     carry_ref: Any,
     starts_ref: Any,
     *,
     reverse: bool,
 ) -> None:
-    """Carries the state through the stretches, noting in `starts_ref` what each one receives."""
-    order = range(_STRETCHES)
-    for group, lanes in _groups(starts_ref):
+    """Runs `carry, value = step(a, carry, value)` over a block's time, `value_ref` in place.
+
+    Args:
+      step: linear in the carry, which it multiplies by `a`.
+      a_ref, value_ref: scratch.
+      carry_ref: `[1, 1, C]`, the state before the block and, in the end, after it.
+      starts_ref: scratch, for the state that each stretch starts from.
+      reverse: from the last step to the first.
+    """
+    each = value_ref.shape[1] // _STRETCHES - 1
+    everything = _groups(value_ref)
+
+    def walk(body, state):
+        def one(n, state):
+            at = pl.ds(each - 1 - n if reverse else n, _STRETCHES, stride=each + 1)
+            views = [(a_ref.at[group], value_ref.at[group]) for group, _ in everything]
+            return [body(a[at, :], x.at[at, :], s) for (a, x), s in zip(views, state)]
+
+        return jax.lax.fori_loop(0, each, one, state, unroll=_UNROLL)
+
+    def survey(a, value_ref, state):
+        product, carry = state
+        return a * product, step(a, carry, value_ref)[0]
+
+    def replay(a, value_ref, carry):
+        carry, value_ref[...] = step(a, carry, value_ref)
+        return carry
+
+    one, zero = (jnp.full((_STRETCHES, _LANES), x, jnp.float32) for x in (1.0, 0.0))
+    effects = walk(survey, [(one, zero) for _ in everything])
+    for (group, lanes), (product, end) in zip(everything, effects):
         carry = carry_ref[0, :, lanes]
-        for k in reversed(order) if reverse else order:
+        for k in reversed(range(_STRETCHES)) if reverse else range(_STRETCHES):
             starts_ref[group, k : k + 1, :] = carry
-            carry = products[group][k : k + 1] * carry + ends[group][k : k + 1]
+            carry = product[k : k + 1] * carry + end[k : k + 1]
         carry_ref[0, :, lanes] = carry
+    walk(replay, [starts_ref[group] for group, _ in everything])
