@@ -32,25 +32,6 @@ _LEAST = 16
 _PROGRAMS = 264
 
 
-def candidates(dtype: Any) -> list[dict[str, int]]:
-    """Returns the block sizes worth trying."""
-    depths = (32, 64, 128) if jnp.dtype(dtype).itemsize == 2 else (16, 32, 64)
-    return [
-        {"rows": rows, "centroids": centroids, "depth": depth, "warps": warps, "stages": stages}
-        for rows, centroids, warps in (
-            (64, 128, 4),
-            (128, 64, 4),
-            (128, 128, 4),
-            (128, 128, 8),
-            (64, 256, 8),
-            (128, 256, 8),
-            (256, 128, 8),
-        )
-        for depth in depths
-        for stages in (2, 3, 4)
-    ]
-
-
 def search(
     x: jax.Array, c: jax.Array, half: jax.Array, *, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:

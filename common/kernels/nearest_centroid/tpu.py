@@ -8,6 +8,7 @@ once, after the last centroid.
 """
 
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +21,24 @@ from jax.experimental.pallas import tpu as pltpu
 from common.kernels import tuning
 
 _LANES = 128
-_BLOCKS = {"rows": 1024, "centroids": 1024, "depth": 2048, "part": 256}
+# Two blocks of each operand and one of scores fit in 16 MiB.
+_BLOCKS = {"rows": 1024, "centroids": 1024, "depth": 1024, "part": 256}
 # The six products that make one of float32 take longer, so that smaller steps will do.
-_FLOAT32_BLOCKS = {"rows": 1024, "centroids": 512, "depth": 1024, "part": 256}
+_FLOAT32_BLOCKS = {"rows": 1024, "centroids": 512, "depth": 512, "part": 256}
 _VMEM = 48 * 2**20
-
-
-def candidates(dtype: Any) -> list[dict[str, int]]:
-    """Returns the block sizes worth trying.
-
-    rows, centroids, depth: of a block. part: rows whose product is one piece of straight code, so
-    that the matrix unit works on one while the vector unit compares the one before.
-    """
-    return [
-        {**_default(dtype), "rows": rows, "centroids": centroids, "part": part}
-        for rows in (512, 1024, 2048)
-        for centroids in (512, 1024, 2048)
-        for part in (256, 512)
-    ]
 
 
 def search(
     x: jax.Array, c: jax.Array, half: jax.Array, *, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """See `xla.search`."""
+    """See `xla.search`.
+
+    Blocks are sizes of rows, centroids and dimensions, and the rows whose product is one piece of
+    straight code: the matrix unit works on one while the vector unit compares the one before.
+    """
     shape = {"N": x.shape[0], "K": c.shape[0], "D": x.shape[1]}
-    blocks = tuning.blocks(Path(__file__).parent, "forward", x.dtype, shape, _default(x.dtype))
+    default = _BLOCKS if x.dtype.itemsize == 2 else _FLOAT32_BLOCKS
+    blocks = tuning.blocks(Path(__file__).parent, "forward", x.dtype, shape, default)
     return _search(x, c, half, tuple(blocks[name] for name in _BLOCKS), interpret)
 
 
@@ -61,7 +54,9 @@ def _search(
     most_rows, most_centroids, most_depth, part = blocks
     rows = min(most_rows, _round_up(total, _LANES))
     centroids = min(most_centroids, _round_up(c.shape[0], _LANES))
-    depth = min(most_depth, width)
+    # The last block computes as much as the others: blocks even in size waste least.
+    depths = pl.cdiv(width, most_depth)
+    depth = _round_up(pl.cdiv(width, depths), _LANES) if depths > 1 else width
     grid = (pl.cdiv(total, rows), pl.cdiv(c.shape[0], centroids), pl.cdiv(width, depth))
     # What lies behind the last centroid is never less than anything.
     half = jnp.pad(half, (0, grid[1] * centroids - c.shape[0]), constant_values=jnp.inf)
@@ -71,7 +66,7 @@ def _search(
     if grid[2] > 1:
         scratch.append(pltpu.VMEM((rows, centroids), jnp.float32))
     index, score = pl.pallas_call(
-        functools.partial(_kernel, width=width, part=min(part, rows)),
+        functools.partial(_kernel, width=width, part=math.gcd(part, rows)),
         out_shape=(
             jax.ShapeDtypeStruct((1, total), jnp.int32),
             jax.ShapeDtypeStruct((1, total), jnp.float32),
@@ -187,10 +182,6 @@ def _cut(block: jax.Array, rest: jax.Array | None) -> jax.Array:
         return block
     lanes = lax.broadcasted_iota(jnp.int32, block.shape, 1)
     return jnp.where(lanes < rest, block, jnp.zeros_like(block))
-
-
-def _default(dtype: Any) -> dict[str, int]:
-    return _BLOCKS if jnp.dtype(dtype).itemsize == 2 else _FLOAT32_BLOCKS
 
 
 def _round_up(size: int, multiple: int) -> int:
