@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks import gpu, gpu_items, harness, workloads
 from benchmarks.gpu_items import Item
+from common.kernels import tuning
 
 
 def result(seconds):
@@ -152,6 +153,33 @@ def test_contenders_compute_the_same(kernel):
             program, operands = workload.prepare(function)
             error = workloads.error(jax.jit(program)(*operands), want)
             assert error < 3e-2, f"{workload.name}: {name}"
+
+
+@pytest.mark.parametrize("form", ["gpu", "tpu"])
+@pytest.mark.parametrize("kernel", workloads.KERNELS)
+def test_every_kernel_has_blocks_to_tune(kernel, form):
+    for workload in workloads.of(kernel):
+        function, operands = workload.ours(form), jax.eval_shape(workload.operands)
+        if workload.direction == "backward":
+            outputs = jax.eval_shape(function, *operands)
+            function, operands = backward(function), (outputs, *operands)
+        with tuning.trial({}) as trial:
+            jax.jit(function).trace(*operands)
+        kernels = {question.kernel for question in trial.asked}
+        assert len(kernels) >= (2 if workload.direction == "backward" else 1), workload.name
+
+
+def backward(function):
+    return lambda cotangents, *operands: jax.vjp(function, *operands)[1](cotangents)
+
+
+def test_gradients_ask_for_blocks_when_they_are_compiled():
+    _, workload = workloads.of("attention", tiny=True)
+    program, operands = workload.prepare(workload.ours("gpu"))
+    with tuning.trial({}) as trial:
+        jax.jit(program).trace(*operands)
+    assert trial.asked
+    assert not [question for question in trial.asked if question.kernel == "forward"]
 
 
 def test_bytes_count_every_array_once():
