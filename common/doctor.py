@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -67,6 +68,7 @@ def examine() -> list[Check]:
     importable = all(check.ok for check in checks if check.name in ("jax", "flax"))
     if importable:
         checks += [_guarded("devices", _devices), _guarded("matrix product", _matrix_product)]
+        checks.append(_processes())
     return [*checks, *_hardware(), *_extras(), *_folders(importable)]
 
 
@@ -184,6 +186,34 @@ def _matrix_product() -> Check:
     error = float(np.abs(y - x @ x).max())
     detail = f"compiled and run in {seconds:.2f} s, error {error:.1e}"
     return Check("Core", "matrix product", error < 1e-3, detail, required=True)
+
+
+def _processes() -> Check:
+    """Whether a launcher would look for other processes here, and whether it could find them."""
+    from common.errors import UserError
+    from common.sharding import cluster
+
+    try:
+        found = cluster()
+    except UserError as error:
+        return _process_check(False, str(error))
+    if found is None:
+        return _process_check(True, "one: the environment names no others")
+    index, count = (value if value is not None else "?" for value in (found.index, found.count))
+    detail = f"this one is {index} of {count}"
+    if found.coordinator:
+        host, _, port = found.coordinator.rpartition(":")
+        detail += f", process 0 listens at {found.coordinator}"
+        try:
+            socket.getaddrinfo(host.strip("[]"), int(port))
+        except OSError as error:
+            return _process_check(False, f"{detail}: {error.strerror} for {host}")
+    return _process_check(True, detail)
+
+
+def _process_check(ok: bool, detail: str) -> Check:
+    fix = "unset JAX_COORDINATOR_ADDRESS, or see 'Several hosts' in WORKSPACE.md"
+    return Check("Core", "processes", ok, detail, fix, required=True)
 
 
 def _guarded(name: str, check: Callable[[], Check]) -> Check:

@@ -58,6 +58,11 @@ class TextData:
         """The held-out documents in rows of another length."""
         return PackedRows(self.heldout.store, length, self.config.packing)
 
+    def describe(self) -> str:
+        """How much of what there is, as one line."""
+        sizes = (f"{s.store.tokens.size:,}" for s in (self.train, self.heldout))
+        return "{} tokens for training and {} held out".format(*sizes)
+
     def unigram_loss(self) -> float:
         """Held-out cross-entropy of token frequencies alone, in nats per token."""
         size = self.tokenizer.vocab_size

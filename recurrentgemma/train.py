@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -12,7 +13,7 @@ from common.data.pipeline import batches, evaluation_batches
 from common.errors import UserError
 from common.launch import Figure, Run, RunFolder, Table, launch, line_from_metrics, write_report
 from common.launch.workdir import write_atomically
-from common.sharding import make_mesh
+from common.sharding import check_same, first_process_first, local_rows, make_mesh
 from common.train import Trainer, TrainResult, check_config, read_metrics
 from recurrentgemma.config import PRESETS, Config
 from recurrentgemma.data import TextData, check_data, prepare_data
@@ -46,21 +47,28 @@ def train(config: Config, workdir: Path, resume_command: str | None = None) -> T
       UserError: config, corpus, tokenizer, mesh or folder do not fit. What was there stays.
     """
     settings = config.train
-    check_config(settings, make_mesh(settings.mesh))
+    mesh = make_mesh(settings.mesh)
+    check_config(settings, mesh)
     check_data(config.data, config.model.vocab_size)
     folder = RunFolder(workdir)
     primary = jax.process_index() == 0
-    resumed = folder.open(config, MAY_CHANGE, primary=primary)
+    resumed = folder.open(config, MAY_CHANGE)
     try:
-        data = prepare_data(
-            config.data, config.model.vocab_size, folder.path, print if primary else _quiet
-        )
+        with first_process_first("data"):
+            data = prepare_data(
+                config.data, config.model.vocab_size, folder.path, print if primary else _quiet
+            )
+        check_same("corpus", data.describe())
+        part: Any = {
+            "global_batch": settings.batch_size,
+            "local_rows": local_rows(mesh, settings.batch_size),
+        }
         trainer = Trainer(
             GriffinTask(config.model, loss_chunk=config.loss_chunk),
             settings,
             folder.path,
-            batches(data.train, global_batch=settings.batch_size, seed=config.seed),
-            {"heldout": lambda: evaluation_batches(data.heldout, global_batch=settings.batch_size)},
+            batches(data.train, seed=config.seed, **part),
+            {"heldout": lambda: evaluation_batches(data.heldout, **part)},
             seed=config.seed,
             resume_command=resume_command,
         )
@@ -142,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Pretrains a RecurrentGemma; the same command again resumes.",
         examples=EXAMPLES,
         presets=PRESETS,
+        several_processes=True,
         argv=argv,
     )
 

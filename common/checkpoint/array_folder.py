@@ -11,19 +11,20 @@ import os
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from common.checkpoint.fingerprint import fingerprints
 from common.errors import UserError
+from common.sharding import everywhere
 
 log = logging.getLogger(__name__)
 
 RECORD = "checkpoint.json"
+_Read = TypeVar("_Read")
 _CHECKSUM_BELOW = 1 << 20  # bytes; larger files hold array chunks, which carry their own checksum.
 
 
@@ -85,7 +86,7 @@ def read(path: Path, abstract: Any, cast: bool = False) -> tuple[Any, dict[str, 
       DamagedError: a file or an array is not what was written.
       UserError: intact, but its arrays are others than `abstract`.
     """
-    record = read_record(path)
+    record = _agreed(lambda: read_record(path))
     wanted = _named_leaves(abstract, _plain_abstract)
     _check_same_arrays(path, record["arrays"], wanted, cast)
     on_disk = {
@@ -141,32 +142,31 @@ def is_array_folder(path: Path) -> bool:
     return (path / RECORD).exists() or (path / "_CHECKPOINT_METADATA").exists()
 
 
-def barrier(name: str) -> None:
-    """Waits until every process of the run is here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
 def _load(path: Path, abstract: dict[str, Any]) -> dict[str, jax.Array]:
     from orbax.checkpoint import v1 as ocp
 
-    error: Exception | None = None
-    trees: dict[str, Any] = {}
-    try:
-        trees = ocp.load_checkpointables(path, _groups(abstract))
-    except Exception as caught:  # Orbax tells damage by a dozen types, from three libraries.
-        error = caught
-    # All processes must turn to another checkpoint together, or they would wait for each other.
-    if not _agree(error is None):
-        reason = str(error).splitlines()[0] if error else "another process cannot read it"
-        raise DamagedError(reason[:200]) from error
+    trees = _agreed(lambda: ocp.load_checkpointables(path, _groups(abstract)))
     return {name: _at(trees, name) for name in abstract}
 
 
-def _agree(here: bool) -> bool:
-    if jax.process_count() == 1:
-        return here
-    return bool(np.all(multihost_utils.process_allgather(np.asarray(here))))
+def _agreed(read: Callable[[], _Read]) -> _Read:
+    """Reads in every process, and counts what one of them cannot read as damaged in all.
+
+    They must turn to another checkpoint together, or they would wait for each other.
+    """
+    result, error = None, None
+    try:
+        result = read()
+    except Exception as caught:  # Orbax tells damage by a dozen types, from three libraries.
+        error = caught
+    if not everywhere("readable", error is None):
+        reason = (
+            (str(error).splitlines() or [type(error).__name__])[0]
+            if error
+            else ("another process cannot read it")
+        )
+        raise DamagedError(reason[:200]) from error
+    return cast(_Read, result)
 
 
 def _check_same_arrays(

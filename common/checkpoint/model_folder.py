@@ -14,6 +14,7 @@ import jax
 
 from common.checkpoint import array_folder as arrays
 from common.errors import UserError
+from common.sharding import barrier
 
 _FORMAT = "tenfold"
 _VERSION = 1
@@ -103,11 +104,11 @@ def _clear_partial(path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         for leftover in path.parent.glob(f"{path.name}.partial*"):
             shutil.rmtree(leftover)
-    arrays.barrier("partial_cleared")
+    barrier("partial_cleared")
     return partial
 
 
 def _appear(partial: Path, path: Path) -> None:
     if jax.process_index() == 0:
         partial.rename(path)
-    arrays.barrier("folder_complete")
+    barrier("folder_complete")

@@ -11,6 +11,7 @@ looks like a checkpoint. Reading compares file sizes first, and a checksum of ev
 last: a damaged checkpoint is noticed, never read as zeros.
 """
 
+import json
 import logging
 import re
 import shutil
@@ -27,6 +28,7 @@ from common.checkpoint.model_folder import read_model_folder as read_model_folde
 from common.checkpoint.model_folder import save_model_folder as save_model_folder
 from common.checkpoint.model_folder import save_params as save_params
 from common.errors import UserError
+from common.sharding import barrier, everywhere, from_first
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +60,11 @@ class CheckpointStore:
         return sorted(int(match[1]) for match in matches if match)
 
     def latest(self) -> int | None:
-        """Returns the step of the newest checkpoint, or None; does not read its arrays."""
-        steps = self.steps()
+        """Returns the step of the newest checkpoint, or None; does not read its arrays.
+
+        The same in every process: process 0 looks.
+        """
+        steps = self._agreed_steps()
         return steps[-1] if steps else None
 
     def path(self, step: int) -> Path:
@@ -89,7 +94,7 @@ class CheckpointStore:
                 self._sweep()
             except OSError as error:
                 raise UserError(f"cannot write checkpoints in {self.folder}: {error}") from error
-        arrays.barrier("checkpoint_swept")
+        barrier("checkpoint_swept")
         finish = arrays.start_writing(
             partial, state, {"step": step, "data": data_state, "metadata": metadata}
         )
@@ -130,7 +135,7 @@ class CheckpointStore:
         self.wait()
         damaged: list[int] = []
         reason = ""
-        for step in reversed(self.steps()):
+        for step in reversed(self._agreed_steps()):
             try:
                 state, record = arrays.read(self.path(step), abstract_state)
             except DamagedError as error:
@@ -146,12 +151,19 @@ class CheckpointStore:
         raise UserError(f"there is no checkpoint in {self.folder}")
 
     def is_intact(self, step: int) -> bool:
-        """Returns whether a checkpoint's files are all there, without reading its arrays."""
+        """Returns whether a checkpoint's files are all there, without reading its arrays.
+
+        The same in every process: each looks.
+        """
         try:
             arrays.read_record(self.path(step))
         except DamagedError:
-            return False
-        return True
+            return everywhere("intact", False)
+        return everywhere("intact", True)
+
+    def _agreed_steps(self) -> list[int]:
+        # A network's file system may show a folder to one host sooner than to another.
+        return json.loads(from_first("checkpoints", json.dumps(self.steps())))
 
     def _set_aside(self, steps: list[int]) -> None:
         if jax.process_index() == 0:
@@ -160,7 +172,7 @@ class CheckpointStore:
                 aside = path.with_name(f"damaged_{path.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
-        arrays.barrier("damaged_set_aside")
+        barrier("damaged_set_aside")
 
     def _sweep(self) -> None:
         """Removes what killed saves and deletions have left."""
@@ -196,7 +208,7 @@ def load_params(path: Path, abstract: Any) -> Any:
     candidates = [path]
     if not arrays.is_array_folder(path):
         store = CheckpointStore(path)
-        candidates = [store.path(step) for step in reversed(store.steps())]
+        candidates = [store.path(step) for step in reversed(store._agreed_steps())]
     if not candidates:
         raise UserError(f"{path} holds no parameters: there is no checkpoint in it")
     reason = ""

@@ -1,10 +1,10 @@
 """Rows to batches: shuffled over the whole corpus, divided among processes, exactly resumable.
 
-Batch s of a run holds the places [s G, (s + 1) G) of one endless order of rows, and process i of n
-takes the i-th of n equal parts of it. The order depends on the seed alone. The state is therefore
-one number, the same in every process, and a run may go on with another number of processes (or
-another batch size) with exactly the rows that it would have seen next; putting the parts side by
-side gives the same global batch whatever n is.
+Batch s of a run holds the places [s G, (s + 1) G) of one endless order of rows, and each process
+reads those places within it that its devices hold (by default the i-th of n equal parts). The order
+depends on the seed alone. The state is therefore one number, the same in every process, and a run
+may go on with another number of processes (or another batch size) with exactly the rows that it
+would have seen next; the global batch is the same whatever n is.
 """
 
 from collections.abc import Iterator
@@ -39,19 +39,6 @@ class RowOrder:
         return result
 
 
-@dataclass(frozen=True)
-class Part:
-    """The `index`-th of `count` equal parts of every batch: one process's."""
-
-    index: int
-    count: int
-
-    def rows_of(self, global_batch: int) -> tuple[int, int]:
-        """(first row within the batch, number of rows)."""
-        local = global_batch // self.count
-        return self.index * local, local
-
-
 class BatchIterator:
     """This process's part of every batch, read ahead by grain's threads.
 
@@ -65,14 +52,14 @@ class BatchIterator:
         *,
         global_batch: int,
         total: int | None,
-        part: Part,
+        local_rows: np.ndarray,
         prefetch: int,
     ):
         self._rows = rows
         self._order = order
         self._global_batch = global_batch
         self._total = total
-        self._part = part
+        self._local_rows = local_rows
         self._prefetch = prefetch
         self._start = 0
         self._reader: Any = None
@@ -121,7 +108,7 @@ class BatchIterator:
     def _open_reader(self) -> Any:
         import grain
 
-        steps = _Steps(self._rows, self._order, self._start, self._global_batch, self._part)
+        steps = _Steps(self._rows, self._order, self._start, self._global_batch, self._local_rows)
         left = None if self._total is None else (self._total - self._start) // self._global_batch
         dataset = grain.MapDataset.source(steps)
         if left is not None:
@@ -134,20 +121,19 @@ class BatchIterator:
 class _Steps:
     """One process's part of each batch, by batch number: the random access that grain reads."""
 
-    def __init__(self, rows: Rows, order: RowOrder, start: int, global_batch: int, part: Part):
+    def __init__(
+        self, rows: Rows, order: RowOrder, start: int, global_batch: int, local_rows: np.ndarray
+    ):
         self._rows = rows
         self._order = order
-        first, local = part.rows_of(global_batch)
-        self._first = start + first
         self._global_batch = global_batch
-        self._within = np.arange(local)
+        self._places = start + local_rows  # Of batch 0.
 
     def __len__(self) -> int:
-        return (2**62 - self._first) // self._global_batch  # Longer than any run.
+        return (2**62 - int(self._places[-1])) // self._global_batch  # Longer than any run.
 
     def __getitem__(self, step: int) -> Batch:
-        places = self._first + step * self._global_batch + self._within
-        return self._rows.batch(self._order.at(places))
+        return self._rows.batch(self._order.at(self._places + step * self._global_batch))
 
 
 def batches(
@@ -159,6 +145,7 @@ def batches(
     epochs: int | None = None,
     process_index: int | None = None,
     process_count: int | None = None,
+    local_rows: np.ndarray | None = None,
     prefetch: int = 2,
 ) -> BatchIterator:
     """Training batches: this process's rows of each global batch, stacked.
@@ -172,13 +159,15 @@ def batches(
             without a gap; what does not fill a batch at the very end is left out.
         process_index: This process; None asks JAX.
         process_count: How many there are; None asks JAX.
+        local_rows: Which rows of each batch are this process's, ascending (see
+            `common.sharding.local_rows`); None takes its part of as many equal ones.
         prefetch: Batches to read ahead on threads; 0 reads when asked.
 
     Raises:
         UserError: The batch does not divide among the processes, or there are too few rows.
     """
-    part = _own_part(process_index, process_count)
-    _check_batch(global_batch, part.count)
+    if local_rows is None:
+        local_rows = _own_part(global_batch, process_index, process_count)
     total = None if epochs is None else epochs * len(rows)
     if not len(rows) or (total is not None and total < global_batch):
         raise UserError(
@@ -190,7 +179,7 @@ def batches(
         RowOrder(len(rows), seed, shuffle),
         global_batch=global_batch,
         total=total,
-        part=part,
+        local_rows=local_rows,
         prefetch=prefetch,
     )
 
@@ -201,20 +190,20 @@ class EvaluationBatches:
     All processes give out the same number of batches. A row of zeros has weight 0 everywhere.
     """
 
-    def __init__(self, rows: Rows, global_batch: int, limit: int, part: Part):
+    def __init__(self, rows: Rows, global_batch: int, limit: int, local_rows: np.ndarray):
         self._rows = rows
         self._global_batch = global_batch
         self._limit = limit
-        self._part = part
+        self._local_rows = local_rows
 
     def __len__(self) -> int:
         return -(-self._limit // self._global_batch)
 
     def __iter__(self) -> Iterator[Batch]:
-        offset, local = self._part.rows_of(self._global_batch)
+        local = len(self._local_rows)
         for step in range(len(self)):
-            first = step * self._global_batch + offset
-            present = np.arange(first, min(first + local, self._limit))
+            places = step * self._global_batch + self._local_rows
+            present = places[places < self._limit]  # The first ones: they ascend.
             # A process with no rows left reads one only to learn the shapes.
             batch = self._rows.batch(present if len(present) else np.zeros(1, np.int64))
             yield {name: _fill(array[: len(present)], local) for name, array in batch.items()}
@@ -227,16 +216,19 @@ def evaluation_batches(
     max_rows: int | None = None,
     process_index: int | None = None,
     process_count: int | None = None,
+    local_rows: np.ndarray | None = None,
 ) -> EvaluationBatches:
     """Batches that hold each of the first `max_rows` rows exactly once; see `EvaluationBatches`.
+
+    The process's part is said as for `batches`.
 
     Raises:
         UserError: The batch does not divide among the processes.
     """
-    part = _own_part(process_index, process_count)
-    _check_batch(global_batch, part.count)
+    if local_rows is None:
+        local_rows = _own_part(global_batch, process_index, process_count)
     limit = len(rows) if max_rows is None else min(max_rows, len(rows))
-    return EvaluationBatches(rows, global_batch, limit, part)
+    return EvaluationBatches(rows, global_batch, limit, local_rows)
 
 
 def _fill(array: np.ndarray, rows: int) -> np.ndarray:
@@ -244,7 +236,8 @@ def _fill(array: np.ndarray, rows: int) -> np.ndarray:
     return np.pad(array, missing)
 
 
-def _own_part(index: int | None, count: int | None) -> Part:
+def _own_part(global_batch: int, index: int | None, count: int | None) -> np.ndarray:
+    """The `index`-th of `count` equal parts of a batch's rows."""
     if index is None or count is None:
         import jax
 
@@ -252,12 +245,10 @@ def _own_part(index: int | None, count: int | None) -> Part:
         count = jax.process_count() if count is None else count
     if not 0 <= index < count:
         raise ValueError(f"process {index} of {count}")
-    return Part(index, count)
-
-
-def _check_batch(global_batch: int, processes: int) -> None:
-    if global_batch < 1 or global_batch % processes:
+    if global_batch < 1 or global_batch % count:
         raise UserError(
-            f"a batch of {global_batch} rows does not divide among {processes} processes;"
-            f" use a multiple of {processes}"
+            f"a batch of {global_batch} rows does not divide among {count} processes;"
+            f" use a multiple of {count}"
         )
+    local = global_batch // count
+    return np.arange(index * local, (index + 1) * local)

@@ -20,9 +20,10 @@ from absl import flags as absl_flags
 
 from common.errors import UserError, nearest
 from common.launch import config as configs
-from common.launch import runtime
+from common.launch import peers, runtime
 from common.launch.help import help_text
 
+DEFECT = 1
 USER_ERROR = 2
 INTERRUPTED = 130
 # absl's message for a flag that must be given, put more plainly in ours.
@@ -63,6 +64,7 @@ class Application:
     own_flags: absl_flags.FlagValues
     workdir: bool
     accelerators: bool
+    several_processes: bool
 
     @property
     def program(self) -> str:
@@ -80,6 +82,7 @@ def launch(
     flags: absl_flags.FlagValues | None = None,
     workdir: bool | None = None,
     accelerators: bool = True,
+    several_processes: bool = False,
     argv: Sequence[str] | None = None,
 ) -> None:
     """Runs a launcher. Returns normally on success.
@@ -95,6 +98,7 @@ def launch(
       workdir: whether there is a `--workdir`; by default where there are presets. It defaults to
         `runs/<package>-<verb>-<preset>`.
       accelerators: whether to set up JAX (cluster, compilation cache) before `main`.
+      several_processes: whether it can be one process of several; if not, it refuses to be.
       argv: the arguments after the program's name, by default the process's own.
 
     Raises:
@@ -110,33 +114,44 @@ def launch(
         own_flags=flags if flags is not None else absl_flags.FlagValues(),
         workdir=bool(presets) if workdir is None else workdir,
         accelerators=accelerators,
+        several_processes=several_processes,
     )
     arguments = list(sys.argv[1:] if argv is None else argv)
-    code = _guarded(application, main, arguments)
+    code, why = _guarded(application, main, arguments)
+    others = peers.current()
+    if others is not None and code:
+        others.leave(code, why)
+    if why:
+        print(why, file=sys.stderr)
     if code:
         sys.exit(code)
 
 
-def _guarded(application: Application, main: Main, arguments: list[str]) -> int:
-    """Runs the launcher and turns what ends it early into an exit code."""
+def _guarded(application: Application, main: Main, arguments: list[str]) -> tuple[int, str]:
+    """Runs the launcher; turns what ends it early into an exit code and a line that says why."""
+    debug = "--debug" in arguments
     try:
         code = _execute(application, main, arguments)
         sys.stdout.flush()
-        return code
+        return code, ""
     except UserError as error:
-        if "--debug" in arguments:
+        if debug:
             traceback.print_exc()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_ERROR
+        return USER_ERROR, f"error: {' '.join(str(error).split())}"
     except KeyboardInterrupt:
-        if "--debug" in arguments:
+        if debug:
             traceback.print_exc()
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        if not _stdout_is_closed():
+        return INTERRUPTED, "interrupted"
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _stdout_is_closed():
+            return 128 + 13, ""  # What the shell reports for a reader that left, as in `… | head`.
+        others = peers.current()
+        if others is None:
             raise
-        return 128 + 13  # What the shell reports for a reader that left, as in `… | head`.
+        explained = others.explain(error)
+        if explained is None or debug:
+            traceback.print_exc()
+        return explained or (DEFECT, f"error: {traceback.format_exception_only(error)[-1].strip()}")
 
 
 def _execute(application: Application, main: Main, arguments: list[str]) -> int:
@@ -168,10 +183,14 @@ def _execute(application: Application, main: Main, arguments: list[str]) -> int:
         debug=bool(parsed["debug"].value),
     )
     if application.accelerators:
-        runtime.start(application.package, run.debug)
+        runtime.start(application.package, run.debug, alone=not application.several_processes)
     else:
         runtime.set_up_logging(application.package, run.debug)
-    return main(run) or 0
+    code = main(run) or 0
+    others = peers.current()
+    if others is not None and not code:
+        others.finish()
+    return code
 
 
 def _workdir(

@@ -9,25 +9,42 @@ from pathlib import Path
 
 from absl import flags
 
+from common.errors import UserError
+from common.launch import peers
+
 _HANDLER_NAME = "tenfold"
 _LOG = logging.getLogger(__name__)
 
 
-def start(package: str, debug: bool = False) -> None:
-    """Sets up JAX for a run: cluster, compilation cache, logging with the process's index."""
+def start(package: str, debug: bool = False, alone: bool = True) -> None:
+    """Sets up JAX for a run: cluster, compilation cache, logging with the process's index.
+
+    Raises:
+      UserError: the environment makes this process one of several where it has to be `alone`, or
+        does not say how.
+    """
     import jax
 
-    from common.sharding import initialize_distributed
+    from common.sharding import cluster, initialize_distributed
 
     # Data pipelines read absl's global flags, which no launcher uses, and refuse unparsed ones.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
+    found = cluster()
+    if found is not None and alone:
+        raise UserError(
+            "this command runs as one process, and the environment says that there are others: "
+            f"unset {' and '.join(found.variables)} for it"
+        )
+    others = peers.watch(found, debug) if found is not None else None
     set_up_logging(package, debug)
     initialize_distributed()
     use_compilation_cache()
     # Asking for the index starts the backend: before this line nothing may have done so.
     if jax.process_count() > 1:
         set_up_logging(package, debug, jax.process_index(), jax.process_count())
+    if others is not None:
+        others.join()
 
 
 def set_up_logging(package: str, debug: bool = False, process: int = 0, processes: int = 1) -> None:

@@ -7,7 +7,7 @@ nothing, so every program carries all four.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -69,6 +69,51 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def batch_shards(mesh: Mesh) -> int:
     """Returns into how many parts the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
+    """Returns which of a batch's rows this process's devices hold, ascending, int64 [N].
+
+    They need not lie together, nor be this process's alone: where `tensor` or `context` crosses
+    processes, several of them hold the same rows.
+    """
+    indices = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    blocks = sorted({index[0].indices(rows) for index in indices})
+    return np.concatenate([np.arange(*block) for block in blocks])
+
+
+def place_rows(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Puts a batch onto the mesh, its rows divided as `batch_sharding` says.
+
+    Args:
+      mesh: over the devices of all processes.
+      batch: arrays `[N, ...]`, the rows that `local_rows` names.
+
+    Returns:
+      Arrays `[B, ...]`, B the rows of all processes.
+
+    Raises:
+      UserError: the rows do not divide among the devices.
+    """
+    sharding, shards = batch_sharding(mesh), batch_shards(mesh)
+    held = local_rows(mesh, shards)  # Numbers of the shards, as if each were one row.
+    block, rest = divmod(len(next(iter(batch.values()))), len(held))
+    if rest:
+        raise UserError(
+            f"a batch of {block * len(held) + rest} rows does not divide among {len(held)} devices"
+        )
+    if sharding.is_fully_addressable:
+        return jax.device_put(dict(batch), sharding)
+
+    def place(array: np.ndarray) -> jax.Array:
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            first = np.searchsorted(held, (index[0].start or 0) // block) * block
+            return array[first : first + block]
+
+        shape = (block * shards, *array.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, shard)
+
+    return {name: place(np.asarray(array)) for name, array in batch.items()}
 
 
 def _resolve(config: MeshConfig, count: int) -> tuple[int, ...]:

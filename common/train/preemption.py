@@ -13,8 +13,9 @@ from jax.experimental import multihost_utils
 class Preemption:
     """A context in which SIGTERM and SIGINT ask for a save instead of ending the process.
 
-    In a run of several processes JAX's own preemption service catches SIGTERM, and makes all
-    processes agree on the step. A second signal ends the process at once.
+    In a run of several processes JAX's own preemption service catches SIGTERM, however often it
+    comes, and makes all processes agree on the step; SIGINT is passed on to it. A second signal (of
+    several processes: a second SIGINT) ends the process at once.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -26,8 +27,8 @@ class Preemption:
 
     def __enter__(self) -> "Preemption":
         # Python takes signals in the main thread alone.
-        if not self._distributed and threading.current_thread() is threading.main_thread():
-            for number in self.SIGNALS:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT,) if self._distributed else self.SIGNALS:
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -47,5 +48,7 @@ class Preemption:
             self.__exit__()
             signal.raise_signal(number)
         self._asked = True
+        if self._distributed:
+            os.kill(os.getpid(), signal.SIGTERM)
         # Not `print`, which may be what the signal has interrupted.
         os.write(2, b"\nstopping after this step (a second signal stops at once)\n")

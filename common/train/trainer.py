@@ -16,11 +16,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-import numpy as np
 
 from common.checkpoint.store import CheckpointStore
 from common.errors import UserError
-from common.sharding import MeshConfig, batch_sharding, batch_shards, make_mesh, use_mesh
+from common.sharding import (
+    MeshConfig,
+    barrier,
+    batch_shards,
+    make_mesh,
+    place_rows,
+    use_mesh,
+)
 from common.train.evaluate import EvalSets, HostBatch, evaluate
 from common.train.flops import utilisation
 from common.train.goodput import Goodput
@@ -45,7 +51,8 @@ _EVAL_STREAM = 0x5EED  # Keeps the random keys of evaluation apart from those of
 class TrainBatches(Protocol):
     """An endless iterator of host batches whose position can be saved.
 
-    Each process gets its own rows; the position must be the same in all of them.
+    Each process gets its own rows (`common.sharding.local_rows`); the position must be the same
+    in all of them.
     """
 
     def __next__(self) -> HostBatch: ...
@@ -130,7 +137,7 @@ class Trainer:
           task: model and loss.
           config: of the run.
           workdir: the run folder; nothing is written before `run`.
-          train_batches: host batches `{name: [B / processes, ...]}`.
+          train_batches: host batches `{name: [N, ...]}`, the rows that `local_rows` names.
           eval_sets: for each name a function that gives finite batches.
           seed: of parameters and of everything random in a step.
           initial_params: gives a new run's parameters for their `jax.ShapeDtypeStruct`s (with
@@ -147,7 +154,6 @@ class Trainer:
         self.workdir = Path(workdir)
         self.store = CheckpointStore(self.workdir / "checkpoints", config.keep_checkpoints)
         self.mesh = make_mesh(config.mesh, devices)
-        self._batch_sharding = batch_sharding(self.mesh)
         self.state: TrainState | None = None
         self._batches = train_batches
         self._eval_sets = dict(eval_sets or {})
@@ -266,17 +272,7 @@ class Trainer:
             ) from None
 
     def _place(self, batch: HostBatch) -> Mapping[str, jax.Array]:
-        rows = len(next(iter(batch.values()))) * jax.process_count()
-        if rows % batch_shards(self.mesh):
-            raise UserError(
-                f"a batch of {rows} rows does not divide among {batch_shards(self.mesh)} devices"
-            )
-        if jax.process_count() == 1:
-            return jax.device_put(dict(batch), self._batch_sharding)
-        return {
-            name: jax.make_array_from_process_local_data(self._batch_sharding, np.asarray(value))
-            for name, value in batch.items()
-        }
+        return place_rows(self.mesh, batch)
 
     def _compile(self, batch: Mapping[str, jax.Array]) -> Any:
         rows = len(next(iter(batch.values())))
@@ -284,6 +280,9 @@ class Trainer:
             raise UserError(f"the data gives batches of {rows} rows, not {self.config.batch_size}")
         with self._goodput.phase("compile"):
             compiled = self._train_step.lower(self.state, batch).compile()
+            # Some processes may have found the program compiled: on CPU a collective does not wait
+            # for the others longer than half a minute.
+            barrier("compiled")
         seconds = self._goodput.seconds["compile"]
         self._progress.say(f"compiled the training step in {seconds:.1f} s")
         self._flops = self.task.flops_per_step(
@@ -348,9 +347,9 @@ class Trainer:
             step, lines[-1] if lines else {}, preempted, self._goodput.seconds, self.workdir
         )
         self._tell(self._goodput.describe())
-        if preempted:
-            self._tell(f"stopped at step {step} of {self.config.steps}, which is saved; resume by:")
-            self._tell(f"  {self._resume_command}")
+        if preempted:  # Told by every process: each host may have its own log.
+            print(f"stopped at step {step} of {self.config.steps}, which is saved; resume by:")
+            print(f"  {self._resume_command}", flush=True)
         else:
             self._tell(f"trained {step} steps: {_figures(result.metrics)}; all in {self.workdir}")
         return result
@@ -376,10 +375,6 @@ def check_config(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     for name in ("eval_every", "eval_batches"):
         if getattr(config, name) < 0:
             raise UserError(f"{name} must not be negative")
-    if shards % jax.process_count():
-        raise UserError(
-            f"data × fsdp = {shards} must be a multiple of the {jax.process_count()} processes"
-        )
     if config.batch_size % (shards * config.accumulation):
         raise UserError(
             f"batch_size {config.batch_size} must be a multiple of data × fsdp × accumulation = "

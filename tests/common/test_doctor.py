@@ -114,3 +114,22 @@ def test_an_interpreter_with_nothing_installed():
     assert done.returncode == 1, done.stderr
     assert "The core does not work here: jax, flax, absl-py" in done.stdout
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({}, "one: the environment names no others"),
+        ({"JAX_COORDINATOR_ADDRESS": "127.0.0.1:99", "JAX_PROCESS_ID": "1"}, "this one is 1 of ?"),
+        ({"JAX_COORDINATOR_ADDRESS": "127.0.0.1"}, "give host:port"),
+        ({"JAX_COORDINATOR_ADDRESS": "no.such.host.invalid:99"}, "for no.such.host.invalid"),
+    ],
+)
+def test_other_processes(monkeypatch, environment, says):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    check = doctor._processes()
+    assert says in check.detail
+    assert check.ok is (says.startswith(("one", "this")))

@@ -3,12 +3,15 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
+from common import sharding
 from common.errors import UserError
 from common.launch import RunFolder
 from common.launch.workdir import write_atomically
@@ -107,10 +110,54 @@ def test_another_process_that_writes_is_noticed(tmp_path):
     assert RunFolder(tmp_path).open(Config()) is True
 
 
-def test_other_processes_of_a_run_write_nothing(tmp_path):
-    folder = RunFolder(tmp_path / "run")
-    assert folder.open(Config(), primary=False) is False
-    assert not folder.path.exists()
+class TestTheOtherProcessesOfARun:
+    """They take process 0's word that the folder is claimed, and look whether it is the same."""
+
+    @pytest.fixture(autouse=True)
+    def _two_processes(self, monkeypatch):
+        said = []
+
+        def from_first(name, text):
+            if text:
+                said.append(text)
+            return said[-1]
+
+        self.index = 0
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr(jax, "process_index", lambda: self.index)
+        monkeypatch.setattr(sharding, "from_first", from_first)
+
+    def both_open(self, folder, other=None, config=None):
+        self.index = 0
+        first = RunFolder(folder)
+        resumed = first.open(Config())
+        self.index = 1
+        try:
+            assert RunFolder(other or folder).open(config or Config()) is resumed
+        finally:
+            first.close()
+        return resumed
+
+    def test_the_same_folder(self, tmp_path):
+        assert self.both_open(tmp_path / "run") is False
+        written = (tmp_path / "run" / "config.json").stat().st_mtime_ns
+        assert self.both_open(tmp_path / "run") is True
+        assert (tmp_path / "run" / "config.json").stat().st_mtime_ns == written
+        assert sorted(os.listdir(tmp_path / "run")) == [".lock", "config.json"]
+
+    def test_a_folder_of_their_own_is_refused_and_stays_as_it_was(self, tmp_path):
+        with pytest.raises(UserError, match="process 1 does not find .* storage that all hosts"):
+            self.both_open(tmp_path / "run", tmp_path / "other")
+        assert not (tmp_path / "other").exists()
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        with pytest.raises(UserError, match="storage that all hosts share"):
+            self.both_open(tmp_path / "run", tmp_path / "copy")
+
+    def test_another_command_is_refused_with_its_fields(self, tmp_path):
+        with pytest.raises(
+            UserError, match=r"process 1 .* \(seed 0 → 4\): give all of them the same"
+        ):
+            self.both_open(tmp_path, config=Config(seed=4))
 
 
 def test_a_failed_write_leaves_the_former_file(tmp_path):
