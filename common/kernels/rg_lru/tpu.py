@@ -17,6 +17,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+try:
+    from jax.experimental.pallas.tpu import reciprocal
+except ImportError:  # before jax 0.11
+    from jax.experimental.pallas import reciprocal
+
 from common.kernels import tuning
 from common.kernels.rg_lru import gates
 
@@ -193,9 +198,7 @@ def _scratch(time: int, channels: int) -> list[Any]:
 
 # --- Inside the kernels: references to blocks `[1, T, C]`, `[1, 1, C]`, and scratch.
 
-_Gates = functools.partial(
-    gates.Gates, reciprocal=functools.partial(pl.reciprocal, full_range=False)
-)
+_Gates = functools.partial(gates.Gates, reciprocal=functools.partial(reciprocal, full_range=False))
 
 
 def _forward_kernel(
