@@ -1,6 +1,7 @@
 """Causal self-attention with a ring of cached keys: global or over a sliding window."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,11 @@ from common.nn.layout import TokenLayout
 from common.nn.linear import Linear
 from common.nn.param import Initializer
 from common.nn.rope import rope
-from common.sharding import per_shard, shard
+from common.sharding import per_shard, shard, ways
 
-# Logical axes of `[.., K, N / K, h]`: a group's queries lie with its keys. Where the key heads do
-# not divide, the mesh axis splits the queries within the groups; every device holds all keys.
-GROUPED = ("kv_heads", "heads", None)
-CACHE = ("batch", None, "kv_heads", None)
+# Logical axes of queries `[B, T, K, N / K, h]` and of keys `[B, S, K, h]`.
+QUERIES = ("batch", "seq", "kv_heads", None, None)
+KEYS = ("batch", None, "kv_heads", None)
 
 
 @jax.tree_util.register_dataclass
@@ -86,10 +86,9 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, AttentionState | None]:
         """`x [B, T, D] -> [B, T, D]` and the ring after the last real token (None if none came)."""
         batch, length, _ = x.shape
-        q = self._heads(self.q(x), self.num_heads, layout)
-        k = self._heads(self.k(x), self.num_kv_heads, layout)
-        v = self.v(x).reshape(batch, length, self.num_kv_heads, self.head_dim)
-        q = shard(q, "batch", "seq", "heads", None)
+        q = self._rotated(self._heads(self.q(x), "heads"), layout)
+        k = self._rotated(self._heads(self.k(x), "kv_heads"), layout)
+        v = self._heads(self.v(x), "kv_heads")
         if state is None or layout.fresh:
             out = self._attend(q, k, v, layout.segments, layout.segments)
         elif length == 1:
@@ -110,8 +109,11 @@ class Attention(nnx.Module):
         shape = (batch, max(1, min(limits)), self.num_kv_heads, self.head_dim)
         return AttentionState(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
 
-    def _heads(self, x: jax.Array, heads: int, layout: TokenLayout) -> jax.Array:
-        x = x.reshape(*x.shape[:2], heads, self.head_dim)
+    def _heads(self, x: jax.Array, axis: str) -> jax.Array:
+        # Constrained here, lest a head be split over devices where whole heads do not divide.
+        return shard(x.reshape(*x.shape[:2], -1, self.head_dim), "batch", "seq", axis, None)
+
+    def _rotated(self, x: jax.Array, layout: TokenLayout) -> jax.Array:
         return rope(x, layout.positions, base=self.rope_base, fraction=self.rope_fraction)
 
     def _attend(self, q, k, v, query_segments, key_segments) -> jax.Array:
@@ -135,12 +137,11 @@ class Attention(nnx.Module):
             )
             return out.reshape(q.shape)
 
-        queries = ("batch", "seq", *GROUPED)
         out = per_shard(
             local,
-            (self._grouped(q), k, v, query_segments, key_segments),
-            (queries, CACHE, CACHE, queries[:2], CACHE[:2]),
-            queries,
+            (*self._grouped(q, k, v), query_segments, key_segments),
+            (QUERIES, KEYS, KEYS, QUERIES[:2], KEYS[:2]),
+            QUERIES,
             sequence="seq",
         )
         return out.reshape(q.shape)
@@ -164,19 +165,29 @@ class Attention(nnx.Module):
             )
             return out.reshape(q.shape)
 
-        query, row = ("batch", None, *GROUPED), ("batch",)
+        query, row = ("batch", None, *QUERIES[2:]), ("batch",)
         keys, values = state.keys.astype(self.dtype), state.values.astype(self.dtype)
         out = per_shard(
             local,
-            (self._grouped(q), keys, values, k, v, cached, starts),
-            (query, CACHE, CACHE, CACHE, CACHE, row, row),
+            (*self._grouped(q, keys, values, k, v), cached, starts),
+            (query, KEYS, KEYS, KEYS, KEYS, row, row),
             query,
         )
         return out.reshape(q.shape)
 
-    def _grouped(self, q: jax.Array) -> jax.Array:
-        """`[B, T, N, h]` -> `[B, T, K, N / K, h]`."""
-        return q.reshape(*q.shape[:2], self.num_kv_heads, -1, self.head_dim)
+    def _grouped(self, q: jax.Array, *keys: jax.Array) -> tuple[jax.Array, ...]:
+        """`q [B, T, N, h]` -> `[B, T, K, N / K, h]`, and arrays `[B, S, K, h]` to lie with it.
+
+        Where a mesh cuts the queries' heads finer than there are key heads, K counts copies too,
+        one for each device that needs it: no device then holds more than it works on.
+        """
+        parts = ways("kv_heads")
+        copies = parts // math.gcd(parts, self.num_kv_heads)
+        if self.num_heads // self.num_kv_heads % copies:
+            copies = 1
+        heads = self.num_kv_heads * copies
+        repeated = [jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in keys]
+        return q.reshape(*q.shape[:2], heads, -1, self.head_dim), *repeated
 
     def _attend_chunk(self, q, k, v, layout: TokenLayout, state: AttentionState) -> jax.Array:
         """A chunk of queries against the ring, unrolled oldest first, and the chunk itself."""

@@ -26,7 +26,7 @@ def per_shard(
 
     Without a mesh, or on a mesh of one device, it is a plain call. A mesh axis that does not divide
     every dimension of a name is left out for all of them, so that a name means the same shards in
-    every argument. A mesh axis serves the first name that wants it and that it divides.
+    every argument.
 
     Args:
       function: of arrays; called with shards. With `sequence`, it also takes `axis_name`: the mesh
@@ -68,28 +68,32 @@ def per_shard(
     return mapped(*present)
 
 
+def ways(name: str) -> int:
+    """Returns into how many parts the mesh in force cuts a dimension of a name, if it divides."""
+    mesh = jax.sharding.get_abstract_mesh()
+    wanted = current_rules()[name]
+    wanted = (wanted,) if isinstance(wanted, str) else wanted or ()
+    sizes = {} if mesh.empty else dict(free_axes(mesh))
+    return math.prod(sizes.get(axis, 1) for axis in wanted)
+
+
 def _divisible(
     named_shapes: Sequence[tuple[LogicalAxes, Sequence[int]]], sizes: dict[str, int], rules: Rules
 ) -> dict[str, tuple[str, ...]]:
-    """Returns for each logical name the mesh axes that divide all its dimensions.
-
-    Names are served in the order in which they appear; what one cannot use, the next may take.
-    """
-    dimensions: dict[str, list[int]] = {}
-    for axes, shape in named_shapes:
-        for name, size in zip(axes, shape, strict=True):
-            if name is not None:
-                dimensions.setdefault(name, []).append(size)
+    """Returns for each logical name the mesh axes that divide all its dimensions."""
     found: dict[str, tuple[str, ...]] = {}
     used: set[str] = set()
-    for name, all_sizes in dimensions.items():
-        wanted = rules[name]
-        wanted = (wanted,) if isinstance(wanted, str) else wanted or ()
-        free = tuple(axis for axis in wanted if sizes.get(axis, 1) > 1 and axis not in used)
-        while any(size % math.prod(sizes[axis] for axis in free) for size in all_sizes):
-            free = free[:-1]
-        found[name] = free
-        used.update(free)
+    for axes, shape in named_shapes:
+        for name, size in zip(axes, shape, strict=True):
+            if name is None:
+                continue
+            if name not in found:
+                wanted = rules[name]
+                wanted = (wanted,) if isinstance(wanted, str) else wanted or ()
+                found[name] = tuple(a for a in wanted if sizes.get(a, 1) > 1 and a not in used)
+                used.update(found[name])
+            while found[name] and size % math.prod(sizes[axis] for axis in found[name]):
+                found[name] = found[name][:-1]
     return found
 
 

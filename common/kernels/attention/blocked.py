@@ -30,10 +30,7 @@ class _Operands(NamedTuple):
 
 def tiling(options: Options, queries: int, keys: int, offset: jax.Array | None = None) -> Cut:
     """Cuts into square tiles of 128, or of 256 where a query sees 2048 keys and more."""
-    seen = keys
-    if options.before is not None and options.after is not None:
-        seen = min(keys, options.before + 1 + options.after)
-    block = 256 if seen >= 2048 else 128
+    block = 256 if options.seen(keys) >= 2048 else 128
     return Cut(options, block, block, queries, keys, start(queries, keys, offset))
 
 

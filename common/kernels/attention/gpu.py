@@ -181,7 +181,7 @@ def _plan(
     kernel: str, options: Options, q: jax.Array, k: jax.Array, offset: jax.Array | None
 ) -> _Plan:
     queries, keys, width = q.shape[-2], k.shape[-2], q.shape[-1]
-    shape = {"T": queries, "S": keys, "h": width}
+    shape = {"T": queries, "S": keys, "W": options.seen(keys), "h": width}
     blocks = tuning.blocks(Path(__file__).parent, kernel, k.dtype, shape, _default(kernel, q, k))
     block_q = min(blocks["queries"], max(_LEAST, pl.next_power_of_2(queries)))
     block_k = min(blocks["keys"], max(_LEAST, pl.next_power_of_2(keys)))

@@ -20,6 +20,12 @@ class Options:
     before: int | None
     after: int | None
 
+    def seen(self, keys: int) -> int:
+        """Returns how many of `keys` one query sees at the most."""
+        if self.before is None or self.after is None:
+            return keys
+        return min(keys, self.before + 1 + self.after)
+
 
 def in_window(options: Options, positions: jax.Array, keys: jax.Array) -> jax.Array | None:
     """Returns which `keys` `[s]` queries at `positions` `[t]` may see, `[t, s]`; None for all."""

@@ -107,7 +107,7 @@ def _cut(
 ) -> Cut:
     queries, keys, width = q.shape[-2], k.shape[-2], q.shape[-1]
     default = {"queries": 512, "keys": 512 if k.dtype.itemsize == 2 or width <= 128 else 256}
-    shape = {"T": queries, "S": keys, "h": width}
+    shape = {"T": queries, "S": keys, "W": options.seen(keys), "h": width}
     blocks = tuning.blocks(Path(__file__).parent, kernel, k.dtype, shape, default)
     # Lanes come in 128, and so do the blocks along them; few queries are one block.
     block_q = min(blocks["queries"], -(-queries // _LANES) * _LANES)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common.sharding import DEFAULT_RULES, MeshConfig, make_mesh, per_shard, use_mesh
+from common.sharding import DEFAULT_RULES, MeshConfig, make_mesh, per_shard, use_mesh, ways
 
 X = np.arange(8 * 6 * 12, dtype=np.float32).reshape(8, 6, 12)
 AXES = ("batch", "seq", "lru")
@@ -87,3 +87,14 @@ def test_a_sequence_on_two_mesh_axes_is_refused():
     mesh = make_mesh(MeshConfig(context=2, tensor=3, data=1), jax.devices()[:6])
     with use_mesh(mesh, rules), pytest.raises(ValueError, match="one mesh axis"):
         per_shard(lambda x, axis_name: x, (X,), (AXES,), AXES, sequence="seq")
+
+
+def test_ways_a_name_is_cut():
+    assert ways("batch") == 1
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices()[:8])
+    with use_mesh(mesh):
+        assert [ways(name) for name in ("batch", "kv_heads", "seq", "layers")] == [4, 2, 1, 1]
+        inside = jax.shard_map(
+            lambda x: x * ways("kv_heads"), in_specs=jax.P(), out_specs=jax.P(), check_vma=False
+        )
+        assert jax.jit(inside)(jnp.ones(())) == 1, "a manual axis is cut already"
