@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -123,6 +124,18 @@ def test_smoke_rg_lru_values_and_gradients(form):
 def test_equals_oracle(form, shape):
     values = draw(shape, seed=1)
     assert_near(run(form, values), oracle(**values), 2e-5)
+
+
+def test_tpu_kernel_reads_nothing_uninitialised():
+    """A simulated TPU whose memory is NaN until written, over blocks that hang over both edges."""
+    values = draw((1, 200, 130), seed=2)
+    kinds = {"reset": bool, "valid": bool}
+    arrays = {n: jnp.asarray(x, kinds.get(n, jnp.float32)) for n, x in values.items()}
+    *inputs, dh, dh_last = arrays.values()
+    simulated = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    h, h_last = tpu.forward(*inputs, interpret=simulated)
+    gradients = tpu.backward(*inputs, h, dh, dh_last, interpret=simulated)
+    assert_near((h, h_last, *gradients), oracle(**values), 2e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)
