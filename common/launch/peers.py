@@ -30,6 +30,8 @@ _LOST_CONTACT = re.compile(
     r"|connection (closed|reset|refused)|broken pipe",
     re.IGNORECASE,
 )
+# How the runtime names those that it misses: one a line, or in a sentence.
+_SILENT = re.compile(r"stopped sending heartbeats\):\s*((?:\d+\s+)+)|Task (\d+) heartbeat timeout")
 
 
 class Peers:
@@ -49,12 +51,16 @@ class Peers:
         self._poll.start()
 
     def finish(self) -> None:
-        """Waits for the others at the end of a run that has done all its work."""
+        """Waits for the others at the end of a run that has done all its work, and parts."""
+        import jax
+
         from common.sharding import barrier
 
         barrier("finished")
         self._finished.set()
         self._poll.join()
+        # Left to JAX's own exit, it would come when nobody reads the log any more.
+        jax.distributed.shutdown()
         self._log.close()
 
     def leave(self, code: int, why: str) -> None:
@@ -98,12 +104,12 @@ class Peers:
         return word["code"], f"error: process {word['process']} ended early: {why}"
 
     def _on_fatal(self, text: str) -> None:
-        silent = re.search(r"stopped sending heartbeats\):\s*((?:/?[\w:/]*\d+\s+)+)", text)
+        silent = _SILENT.search(text)
         if "RegisterTask" in text:
             self._end(LOST, self._not_met("newer incarnation" in text))
         elif silent:
             seconds = self._cluster.heartbeat_seconds
-            names = ", ".join(silent[1].split())
+            names = ", ".join((silent[1] or silent[2]).split())
             self._end(LOST, self._lost(f"no sign of process {names} for {seconds} s"))
         elif "Failed to send RPC" in text or "leader" in text:
             self._end(LOST, self._lost("process 0, which coordinates, is gone"))

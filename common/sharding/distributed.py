@@ -8,7 +8,9 @@ on CPU its processes must arrive within half a minute of each other.
 import collections
 import contextlib
 import dataclasses
+import errno
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -93,6 +95,8 @@ def initialize_distributed() -> bool:
     found = cluster()
     if found is None:
         return False
+    if found.index == 0 and found.coordinator:
+        _check_port_is_free(int(found.coordinator.rpartition(":")[2]))
     try:
         jax.distributed.initialize(
             num_processes=found.count,
@@ -106,13 +110,6 @@ def initialize_distributed() -> bool:
         raise UserError(
             f"{' and '.join(found.variables)} says that there are other processes, but not how "
             "many or which one this is: set JAX_NUM_PROCESSES and JAX_PROCESS_ID"
-        ) from error
-    except jax.errors.JaxRuntimeError as error:
-        if "start RPC server" not in str(error):
-            raise
-        raise UserError(
-            f"process 0 cannot listen at port {str(found.coordinator).rpartition(':')[2]}, which "
-            "something else uses: choose another one in every JAX_COORDINATOR_ADDRESS"
         ) from error
     return jax.process_count() > 1
 
@@ -190,6 +187,20 @@ def _client() -> Any:
     if client is None:
         raise RuntimeError("this process has not joined any others")
     return client
+
+
+def _check_port_is_free(port: int) -> None:
+    # JAX's runtime, which binds it next, may crash when it cannot.
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("::", port))
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(
+                f"process 0 cannot listen at port {port}, which something else uses: choose "
+                "another one in every JAX_COORDINATOR_ADDRESS"
+            ) from error
 
 
 def _key(name: str) -> str:

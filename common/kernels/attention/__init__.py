@@ -114,7 +114,9 @@ def _attention_fwd(
     offset: jax.Array | None,
 ) -> tuple[jax.Array, tuple]:
     operands = (q, k, v, mask, segments, offset)
-    out, log_sum = dispatch("attention", name, *operands, **_forms("forward", options, q, k))
+    out, log_sum = dispatch(
+        "attention", name, *operands, **_forms("forward", options, q, k, offset)
+    )
     return out, (*operands, out, log_sum)
 
 
@@ -123,7 +125,7 @@ def _attention_bwd(
 ) -> tuple[jax.Array | None, ...]:
     *operands, out, log_sum = residuals
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    forms = _forms("backward", options, *operands[:2])
+    forms = _forms("backward", options, *operands[:2], operands[5])
     gradients = dispatch("attention", name, *operands, log_sum, delta, d_out, **forms)
     return *gradients, None, None, None
 
@@ -132,7 +134,7 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 def _forms(
-    direction: str, options: Options, q: jax.Array, k: jax.Array
+    direction: str, options: Options, q: jax.Array, k: jax.Array, offset: jax.Array | None
 ) -> dict[str, Callable[..., Any]]:
     """Returns what there is for arrays of such shapes."""
     # Pallas takes half a second to import: only programs with attention pay it.
@@ -140,7 +142,9 @@ def _forms(
 
     modules = {"xla": xla}
     if q.size and k.size and q.shape[-1] <= 256:
-        modules |= {"tpu": tpu, "gpu": gpu}
+        modules["gpu"] = gpu
+        if tpu.supports(options, q, k, offset):
+            modules["tpu"] = tpu
     return {
         name: functools.partial(getattr(module, direction), options)
         for name, module in modules.items()

@@ -9,6 +9,7 @@ forward and the dq kernel turn it into columns; the dk/dv kernel works on transp
 """
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,12 +22,22 @@ from jax.experimental.pallas import tpu as pltpu
 
 from common.kernels import flash, tuning
 from common.kernels.attention import tile
-from common.kernels.attention.cut import ACTIVE, FIRST, LAST, WHOLE, Cut, start, visits
+from common.kernels.attention.cut import ACTIVE, FIRST, LAST, WHOLE, Cut, Visits, start, visits
 from common.kernels.attention.operands import Operands, padded
 from common.kernels.attention.options import Options, both
 
 _Segments = tuple[jax.Array, jax.Array]
 _LANES = 128
+_MOST = 2**17  # tiles listed in scalar memory, of a megabyte
+
+
+def supports(options: Options, q: jax.Array, k: jax.Array, offset: jax.Array | None) -> bool:
+    """Returns whether the list of tiles is short enough."""
+    cuts = (_cut(n, options, q, k, offset) for n in ("forward", "backward_q", "backward_kv"))
+    return all(
+        math.prod(cut.blocks) <= _MOST or visits(cut, by_keys=False).flags.size <= _MOST
+        for cut in cuts
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("options", "interpret"))
@@ -109,8 +120,9 @@ def _cut(
     default = {"queries": 512, "keys": 512 if k.dtype.itemsize == 2 or width <= 128 else 256}
     shape = {"T": queries, "S": keys, "W": options.seen(keys), "h": width}
     blocks = tuning.blocks(Path(__file__).parent, kernel, k.dtype, shape, default)
-    # Lanes come in 128, and so do the blocks along them; few queries are one block.
-    block_q = min(blocks["queries"], -(-queries // _LANES) * _LANES)
+    # Lanes come in 128, and so do the blocks along them; few queries are one block of their own.
+    unit = _LANES if queries > _LANES else 16
+    block_q = min(blocks["queries"], -(-queries // unit) * unit)
     block_k = min(blocks["keys"], -(-keys // _LANES) * _LANES)
     return Cut(options, block_q, block_k, queries, keys, start(queries, keys, offset))
 
@@ -138,18 +150,17 @@ def _call(
       outputs: by their kind of block ("query", "key", "value", "row"), arrays of their shapes.
       scratch: lanes of each float32 accumulator; it has as many rows as the outer block.
     """
-    listed = visits(cut, by_keys=by_keys)
+    listed = _packed(visits(cut, by_keys=by_keys))
     batch, kv_heads, group = operands.q.shape[:3]
-    tiles = listed.flags.shape[0]
-    grid = (batch, kv_heads, tiles, group) if by_keys else (batch, kv_heads, group, tiles)
+    steps = (listed.size, group) if by_keys else (group, listed.size)
 
     def spec(shape: tuple[int | None, ...], index: Callable[..., tuple]) -> pl.BlockSpec:
         if by_keys:
             return pl.BlockSpec(
-                shape, lambda b, k, n, g, outer, inner, *_: index(b, k, g, inner[n], outer[n])
+                shape, lambda b, k, n, g, tiles, _: index(b, k, g, *_place(tiles[n], by_keys))
             )
         return pl.BlockSpec(
-            shape, lambda b, k, g, n, outer, inner, *_: index(b, k, g, outer[n], inner[n])
+            shape, lambda b, k, g, n, tiles, _: index(b, k, g, *_place(tiles[n], by_keys))
         )
 
     width = operands.q.shape[-1]
@@ -172,22 +183,21 @@ def _call(
     rows = cut.block_k if by_keys else cut.block_q
 
     def body(*refs: Any) -> None:
-        outer, inner, flags, offset = refs[:4]
+        tiles, offset = refs[:2]
         n, g = (pl.program_id(axis) for axis in ((2, 3) if by_keys else (3, 2)))
-        i, j = (inner[n], outer[n]) if by_keys else (outer[n], inner[n])
-        flag = flags[n]
+        (i, j), flag = _place(tiles[n], by_keys), tiles[n]
         first, last = (flag & FIRST) != 0, (flag & LAST) != 0
         if by_keys:
             first, last = first & (g == 0), last & (g == group - 1)
         position = i * cut.block_q + offset[0] - j * cut.block_k
-        kernel(_Visit(cut, flag, first, last, position, j), *refs[4:])
+        kernel(_Visit(cut, flag, first, last, position, j), *refs[2:])
 
     offset = jnp.asarray(cut.offset, jnp.int32)[None]
     return pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
-            grid=grid,
+            num_scalar_prefetch=2,
+            grid=(batch, kv_heads, *steps),
             in_specs=[specs],
             out_specs=[kinds[kind] for kind in outputs],
             scratch_shapes=[pltpu.VMEM((rows, lanes), jnp.float32) for lanes in scratch],
@@ -199,7 +209,18 @@ def _call(
         ),
         name=f"attention{kernel.__name__.removesuffix('_kernel')}",
         interpret=interpret,
-    )(*listed, offset, operands)
+    )(listed, offset, operands)
+
+
+def _packed(listed: Visits) -> Any:
+    """Packs each visit into 32 bits: scalar memory is small."""
+    return listed.outer << 18 | listed.inner << 4 | listed.flags
+
+
+def _place(packed: Any, by_keys: bool) -> tuple[Any, Any]:
+    """Returns the block of queries and the block of keys."""
+    outer, inner = lax.shift_right_logical(packed, 18), (packed >> 4) & (2**14 - 1)
+    return (inner, outer) if by_keys else (outer, inner)
 
 
 def _mask_block(cut: Cut, shape: tuple[int, ...]) -> tuple[tuple[int | None, ...], Callable]:

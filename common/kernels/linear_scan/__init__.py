@@ -1,26 +1,18 @@
 """Linear recurrence `h_t = a_t h_{t-1} + x_t` along time, with a gradient of its own.
 
-One function, `linear_scan`; what runs underneath is chosen by `implementation`. Each entry of
-`_IMPLEMENTATIONS` is a pair of a forward and a backward function with the signatures of `xla.py`.
+One function, `linear_scan`. What runs underneath, `xla.py`, `tpu.py` or `gpu.py`, is chosen by
+`implementation`; each has a `forward`, a `backward` and a `summary` of the same signatures.
 """
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from common.errors import UserError
-from common.kernels.linear_scan import reference, xla
-
-
-class _Implementation(NamedTuple):
-    forward: Callable[..., tuple[jax.Array, jax.Array]]
-    backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
-
-
-_IMPLEMENTATIONS = {"xla": _Implementation(xla.forward, xla.backward)}
+from common.kernels.dispatch import check_implementation, dispatch
+from common.kernels.linear_scan import reference, sequence, xla
 
 
 def linear_scan(
@@ -29,6 +21,7 @@ def linear_scan(
     h0: jax.Array | None = None,
     *,
     reverse: bool = False,
+    axis_name: str | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs `h_t = a_t h_{t-1} + x_t` over the middle axis.
@@ -43,7 +36,10 @@ def linear_scan(
         x: Input of each step, `[B, L, D]`.
         h0: State before the first step, `[B, D]`; zeros when absent.
         reverse: Runs from the last step to the first; `h0` then stands after the last step.
-        implementation: "reference", "xla", or None for the fastest of the platform.
+        axis_name: Inside a `shard_map`: the mesh axis over which the sequence lies, each device
+            holding L of its steps. `h0` and `h_last` belong to the whole sequence and are the same
+            on all devices.
+        implementation: "reference", "xla", "tpu", "gpu", or None for the fastest of the platform.
 
     Returns:
         `h` `[B, L, D]` in the dtype of `x`, and the last computed state `[B, D]` in float32 (step
@@ -53,17 +49,17 @@ def linear_scan(
         UserError: A shape, dtype or implementation that does not fit.
     """
     _check(a, x, h0)
+    check_implementation("linear_scan", implementation)
     if h0 is None:
         h0 = jnp.zeros_like(x[:, 0], dtype=jnp.float32)
+    a, x, h0 = _varying_alike(a, x, h0.astype(jnp.float32))
     if implementation == "reference":
-        return reference.forward(a, x, h0, reverse=reverse)
-    name = "xla" if implementation is None else implementation
-    if name not in _IMPLEMENTATIONS:
-        known = ", ".join(["reference", *_IMPLEMENTATIONS])
-        raise UserError(
-            f"linear_scan has no implementation '{name}' here; choose one of {known}, or None"
-        )
-    return _scan(name, reverse, a, x, h0)
+        (h, h_last), _ = _scan_fwd(implementation, reverse, axis_name, a, x, h0)
+    else:
+        h, h_last = _scan(implementation, reverse, axis_name, a, x, h0)
+    if axis_name is not None:
+        h_last = sequence.from_last(h_last, axis_name, reverse=reverse)
+    return h, h_last
 
 
 def _check(a: jax.Array, x: jax.Array, h0: jax.Array | None) -> None:
@@ -82,27 +78,93 @@ def _check(a: jax.Array, x: jax.Array, h0: jax.Array | None) -> None:
             raise UserError(f"linear_scan needs real floating inputs; {name} is {array.dtype}")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _varying_alike(*arrays: jax.Array) -> list[jax.Array]:
+    """Marks all arrays as varying over the same mesh axes, where a `shard_map` keeps account."""
+    all_axes = [jax.typeof(array).manual_axis_type.varying for array in arrays]
+    together = frozenset().union(*all_axes)
+    return [
+        jax.lax.pcast(array, tuple(together - axes), to="varying") if together - axes else array
+        for array, axes in zip(arrays, all_axes)
+    ]
+
+
+# Of a sequence over several devices these return the state after each device's part.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _scan(
-    name: str, reverse: bool, a: jax.Array, x: jax.Array, h0: jax.Array
+    name: str | None,
+    reverse: bool,
+    axis_name: str | None,
+    a: jax.Array,
+    x: jax.Array,
+    h0: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    return _IMPLEMENTATIONS[name].forward(a, x, h0, reverse=reverse)
+    return _scan_fwd(name, reverse, axis_name, a, x, h0)[0]
 
 
 def _scan_fwd(
-    name: str, reverse: bool, a: jax.Array, x: jax.Array, h0: jax.Array
+    name: str | None,
+    reverse: bool,
+    axis_name: str | None,
+    a: jax.Array,
+    x: jax.Array,
+    h0: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
-    h, h_last = _IMPLEMENTATIONS[name].forward(a, x, h0, reverse=reverse)
+    h0 = _entering(name, reverse, axis_name, a, x, h0)
+    h, h_last = _run("forward", name, a, x, h0, reverse=reverse)
     return (h, h_last), (a, h, h0)
 
 
 def _scan_bwd(
-    name: str,
+    name: str | None,
     reverse: bool,
+    axis_name: str | None,
     residuals: tuple[jax.Array, jax.Array, jax.Array],
     cotangents: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return _IMPLEMENTATIONS[name].backward(*residuals, *cotangents, reverse=reverse)
+    dh, dh_last = cotangents
+    if axis_name is None:
+        return _run("backward", name, *residuals, dh, dh_last, reverse=reverse)
+    against = not reverse
+    product, last = _run("summary", name, residuals[0], dh, reverse=against, decayed=True)
+    last = product * dh_last + last
+    nothing = jnp.zeros_like(dh_last)
+    dh_last = dh_last + sequence.entering(product, last, nothing, axis_name, reverse=against)
+    da, dx, dh0 = _run("backward", name, *residuals, dh, dh_last, reverse=reverse)
+    # The state that enters a later part is no argument of anything.
+    return da, dx, jnp.where(sequence.is_first(axis_name, reverse=reverse), dh0, 0)
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd)
+
+
+def _entering(
+    name: str | None,
+    reverse: bool,
+    axis_name: str | None,
+    a: jax.Array,
+    x: jax.Array,
+    h0: jax.Array,
+) -> jax.Array:
+    if axis_name is None:
+        return h0
+    product, last = _run("summary", name, a, x, reverse=reverse, decayed=False)
+    return sequence.entering(product, last, h0, axis_name, reverse=reverse)
+
+
+def _run(function: str, name: str | None, *operands: jax.Array, **options: bool) -> Any:
+    """Calls `function` of an implementation; the first two operands are `[B, L, D]`."""
+    if name == "reference":
+        return getattr(reference, function)(*operands, **options)
+    # Pallas is slow to import, and not everyone comes here.
+    from common.kernels.linear_scan import gpu, tpu
+
+    kernels = {
+        platform: functools.partial(getattr(module, function), **options)
+        if module.supports(*operands[:2])
+        else None
+        for platform, module in (("tpu", tpu), ("gpu", gpu))
+    }
+    default = functools.partial(getattr(xla, function), **options)
+    return dispatch("linear_scan", name, *operands, xla=default, **kernels)

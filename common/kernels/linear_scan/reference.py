@@ -17,3 +17,13 @@ def forward(
     time_major = (jnp.swapaxes(a, 0, 1), jnp.swapaxes(x, 0, 1))
     h_last, h = jax.lax.scan(step, h0.astype(jnp.float32), time_major, reverse=reverse)
     return jnp.swapaxes(h, 0, 1), h_last
+
+
+def summary(
+    a: jax.Array, x: jax.Array, *, reverse: bool, decayed: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the product of all decays and the last state from zero; see `xla.summary`."""
+    a = a.astype(jnp.float32)
+    x = a * x if decayed else x
+    _, last = forward(a, x, jnp.zeros_like(x[:, 0], jnp.float32), reverse=reverse)
+    return jnp.prod(a, axis=1), last

@@ -49,6 +49,33 @@ def backward(
     )
 
 
+def summary(
+    a: jax.Array, x: jax.Array, *, reverse: bool, decayed: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Returns what a sequence does to any state: `h_last = product * h0 + last`.
+
+    Args:
+      a: `[B, L, D]`.
+      x: `[B, L, D]`.
+      reverse: Runs from the last step to the first.
+      decayed: Takes `a_t (h_{t-1} + x_t)` for a step: what the gradient does, with `dh` for `x`.
+
+    Returns:
+      The product of all decays, and the last state from zero, `[B, D]` in float32.
+    """
+    batch, length, width = x.shape
+    size = chunk_size(length)
+    padding = -length % size
+    edges = (padding, 0) if reverse else (0, padding)
+    chunks = _chunks(a, edges, size, 1), _chunks(x, edges, size, 0)
+    product, local = (
+        part.reshape(batch, -1, width)
+        for part in _summaries(*chunks, reverse=reverse, decayed=decayed)
+    )
+    ends = link(product, local, jnp.zeros((batch, width), jnp.float32), reverse=reverse)
+    return jnp.prod(product, axis=1), ends[:, 0 if reverse else -1]
+
+
 # --- In-place loop: each state is read back from the output it was written to. ---
 
 
@@ -158,7 +185,7 @@ def chunked_forward(
     product, local = _summaries(a_chunks, x_chunks, reverse=reverse)
     shape = (batch, count, width)
     h0 = _float(h0)
-    ends = _link(product.reshape(shape), local.reshape(shape), h0, reverse=reverse)
+    ends = link(product.reshape(shape), local.reshape(shape), h0, reverse=reverse)
     parts = [ends[:, 1:], h0[:, None]] if reverse else [h0[:, None], ends[:, :-1]]
     starts = jnp.concatenate(parts, axis=1).reshape(batch * count, width)
     first = -1 if reverse else 0
@@ -199,20 +226,24 @@ def _chunks(array: jax.Array, edges: tuple[int, int], size: int, fill: int) -> j
     return padded.reshape(-1, size, array.shape[2])
 
 
-def _summaries(a: jax.Array, x: jax.Array, *, reverse: bool) -> tuple[jax.Array, jax.Array]:
+def _summaries(
+    a: jax.Array, x: jax.Array, *, reverse: bool, decayed: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """Returns each chunk's product of decays and its last state from zero, `[B * count, D]`."""
     size = x.shape[1]
 
     def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         product, state = carry
         t = size - 1 - i if reverse else i
-        return _at(a, t) * product, _at(a, t) * state + _at(x, t)
+        decay, x_t = _at(a, t), _at(x, t)
+        return decay * product, decay * (state + x_t) if decayed else decay * state + x_t
 
-    first = -1 if reverse else 0
-    return lax.fori_loop(1, size, step, (_float(a[:, first]), _float(x[:, first])))
+    t = size - 1 if reverse else 0
+    first, x_first = _at(a, t), _at(x, t)
+    return lax.fori_loop(1, size, step, (first, first * x_first if decayed else x_first))
 
 
-def _link(product: jax.Array, local: jax.Array, h0: jax.Array, *, reverse: bool) -> jax.Array:
+def link(product: jax.Array, local: jax.Array, h0: jax.Array, *, reverse: bool) -> jax.Array:
     """Returns the state after each chunk `[B, count, D]`."""
 
     def combine(

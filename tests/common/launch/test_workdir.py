@@ -146,7 +146,7 @@ class TestTheOtherProcessesOfARun:
         assert sorted(os.listdir(tmp_path / "run")) == [".lock", "config.json"]
 
     def test_a_folder_of_their_own_is_refused_and_stays_as_it_was(self, tmp_path):
-        with pytest.raises(UserError, match="process 1 does not find .* storage that all hosts"):
+        with pytest.raises(UserError, match=r"process 1 does not find .* storage that all"):
             self.both_open(tmp_path / "run", tmp_path / "other")
         assert not (tmp_path / "other").exists()
         shutil.copytree(tmp_path / "run", tmp_path / "copy")
