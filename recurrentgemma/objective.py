@@ -38,13 +38,18 @@ def forward_flops(config: GriffinConfig, batch: int, length: int) -> float:
     Matrix products exactly, head included, embedding look-up not; attention over the keys each
     query really sees. The recurrence and other elementwise work (under 1 % of 2B) are left out.
     """
-    d, f, e = config.width, config.mlp_width, config.lru_width
     window = min(config.window_keys, length)
     # The first W queries see 1, 2, ... W keys, the others W.
     keys = (window * (window + 1) / 2 + (length - window) * window) / length
+    return batch * length * token_flops(config, keys)
+
+
+def token_flops(config: GriffinConfig, keys: float) -> float:
+    """FLOPs of one token's forward pass, head included, whose queries see so many keys."""
+    d, f, e = config.width, config.mlp_width, config.lru_width
     mixer = {
         "recurrent": 3 * d * e + 2 * e * e / config.num_heads,
         "attention": 2 * d * d + 2 * d * config.num_kv_heads * config.head_dim + 2 * d * keys,
     }
-    per_token = sum(3 * d * f + mixer[kind] for kind in config.mixers()) + d * config.vocab_size
-    return 2.0 * batch * length * per_token
+    products = sum(3 * d * f + mixer[kind] for kind in config.mixers()) + d * config.vocab_size
+    return 2.0 * products

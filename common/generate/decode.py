@@ -10,6 +10,9 @@ from flax import nnx
 
 from common.generate.sampling import Sampling, sample
 
+# Platforms whose compiler reads a layer's weights in place, out of the stack of all layers.
+READ_IN_PLACE = ("tpu",)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +55,7 @@ def prefill_more(graphdef: nnx.GraphDef, state: Any, tokens, valid, cache, logit
 
 @functools.partial(
     jax.jit,
-    static_argnames=("graphdef", "sampling", "max_new_tokens"),
+    static_argnames=("graphdef", "sampling", "max_new_tokens", "in_place"),
     donate_argnames=("cache", "logits"),
 )
 def decode(
@@ -65,6 +68,7 @@ def decode(
     *,
     sampling: Sampling,
     max_new_tokens: int,
+    in_place: bool = False,
 ) -> LoopState:
     """Emits up to `max_new_tokens` tokens a row.
 
@@ -75,12 +79,16 @@ def decode(
       key: random key; row r draws token n with `fold_in(fold_in(key, r), n)`.
       stop: `[S]` int32 tokens that end a row (-1: none).
       sampling, max_new_tokens: static.
+      in_place: static; cut the stack of all layers' weights at every token, inside the loop, where
+        the compiler reads each layer out of it (`READ_IN_PLACE`). Other compilers would copy the
+        layer first, every time: for them the stack is cut once, which holds its weights twice.
 
     Returns:
       The loop's last state. It holds the cache so that the donated buffers are written in place.
     """
     batch = logits.shape[0]
-    graphdef, state = nnx.split(nnx.merge(graphdef, state).unrolled())
+    if not in_place:
+        graphdef, state = nnx.split(nnx.merge(graphdef, state).unrolled())
     row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
 
     def emit(loop: LoopState) -> tuple[jax.Array, LoopState]:
@@ -103,7 +111,12 @@ def decode(
     def body(loop: LoopState) -> LoopState:
         token, loop = emit(loop)
         # The model is made anew from its arrays inside the trace: nothing of it leaks out.
-        model = nnx.merge(graphdef, state)
+        if in_place:
+            # Tied to the token, so that the compiler does not cut before the loop after all.
+            weights, token = jax.lax.optimization_barrier((state, token))
+            model = nnx.merge(graphdef, weights).unrolled()
+        else:
+            model = nnx.merge(graphdef, state)
         logits, cache = model.extend(token[:, None], loop.cache)
         return dataclasses.replace(loop, logits=logits[:, 0], cache=cache)
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from common.data.tokenizers import Tokenizer
 from common.errors import UserError
-from common.generate.decode import decode, prefill, prefill_more
+from common.generate.decode import READ_IN_PLACE, decode, prefill, prefill_more
 from common.generate.sampling import Sampling
 
 Prompt = str | Sequence[int]
@@ -97,6 +97,7 @@ def generate(
         jnp.asarray(sorted(stop_tokens) or [-1], jnp.int32),
         sampling=sampling,
         max_new_tokens=max_new_tokens,
+        in_place=_platform(logits) in READ_IN_PLACE,
     )
     tokens, logprobs, lengths = jax.device_get((loop.tokens, loop.logprobs, loop.lengths))
     return [
@@ -172,6 +173,10 @@ def _prefill(graphdef, state, rows: list[list[int]], new: int, chunk: int):
             graphdef, state, tokens[:, part], valid[:, part], cache, logits
         )
     return logits, cache
+
+
+def _platform(array: jax.Array) -> str:
+    return next(iter(array.devices())).platform
 
 
 def _next_power_of_two(n: int) -> int:

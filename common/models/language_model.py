@@ -19,6 +19,7 @@ from common.nn.embed import Embedding
 from common.nn.layout import TokenLayout, chunk_layout, end_of_chunk, sequence_layout
 from common.nn.norms import RMSNorm
 from common.nn.stack import remat, stack
+from common.nn.tied_loss import tied_nll
 from common.sharding import shard
 
 
@@ -202,7 +203,17 @@ class LanguageModel(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """`[..., D] -> [..., V]` fp32, capped where the model caps."""
-        logits = self.embed.decode(hidden)
+        return self._capped(self.embed.decode(hidden))
+
+    def nll(self, hidden: jax.Array, targets: jax.Array, chunk: int | None = None) -> jax.Array:
+        """Next-token losses: `hidden [B, L, D]`, `targets [B, L]` -> `[B, L]` fp32 nats.
+
+        The logits of `chunk` positions of each row exist at a time (None: of all).
+        """
+        table = self.embed.table[...]
+        return tied_nll(hidden, table, targets, cap=self._capped, dtype=self.dtype, chunk=chunk)
+
+    def _capped(self, logits: jax.Array) -> jax.Array:
         if self.logits_softcap is None:
             return logits
         return self.logits_softcap * jnp.tanh(logits / self.logits_softcap)

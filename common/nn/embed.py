@@ -35,5 +35,6 @@ class Embedding(nnx.Module):
         return x if self.factor == 1.0 else x * jnp.asarray(self.factor, self.dtype)
 
     def decode(self, x: jax.Array) -> jax.Array:
-        """`[B, L, D] -> [B, L, V]` logits in fp32."""
-        return shard(tied_product(x, self.table[...], self.dtype), "batch", "seq", "vocab")
+        """`[B, L, D] -> [B, L, V]` logits in fp32, or `[B, D] -> [B, V]`."""
+        axes = ("batch", "seq", "vocab") if x.ndim == 3 else ("batch", "vocab")
+        return shard(tied_product(x, self.table[...], self.dtype), *axes)

@@ -26,14 +26,21 @@ def _product_forward(x, kernel, dtype):
 
 def _product_backward(dtype, operands, g):
     x, kernel = operands
-    g = g.astype(dtype)
-    trailing = tuple(range(1, kernel.ndim))
-    dx = _dot(g, kernel.astype(dtype), tuple(range(x.ndim - 1, g.ndim)), trailing)
-    d_kernel = _sum_of_outer(x.astype(dtype), g, x.ndim - 1)
+    dx, d_kernel = product_gradients(x, kernel, g, dtype)
     return dx.astype(x.dtype), d_kernel.astype(kernel.dtype)
 
 
 product.defvjp(_product_forward, _product_backward)
+
+
+def product_gradients(
+    x: jax.Array, kernel: jax.Array, g: jax.Array, dtype: jax.typing.DTypeLike
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients of `product` with respect to `x` and `kernel`, both fp32, for the cotangent `g`."""
+    g = g.astype(dtype)
+    trailing = tuple(range(1, kernel.ndim))
+    dx = _dot(g, kernel.astype(dtype), tuple(range(x.ndim - 1, g.ndim)), trailing)
+    return dx, _sum_of_outer(x.astype(dtype), g, x.ndim - 1)
 
 
 def _dot(

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from common.models.language_model import LanguageModel
-from common.nn.losses import chunked_nll
 from common.train.task import Batch, Loss, Task
 
 
@@ -40,7 +39,7 @@ class NextToken(Task):
     def loss(self, model: LanguageModel, batch: Batch, key: jax.Array) -> Loss:
         """Sum of the weighted negative log-likelihoods, in nats."""
         hidden = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])
-        nll = chunked_nll(model.logits, hidden, batch["targets"], chunk=self._loss_chunk)
+        nll = model.nll(hidden, batch["targets"], self._loss_chunk)
         weights = batch["weights"].astype(jnp.float32)
         return Loss(total=jnp.sum(nll * weights), weight=jnp.sum(weights))
 

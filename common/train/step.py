@@ -200,6 +200,11 @@ class _WithMesh:
         with self._context():
             return self._function(*arguments)
 
+    def trace(self, *arguments: Any) -> jax.stages.Traced:
+        """Traces for arguments or `jax.ShapeDtypeStruct`s, to be lowered for any platform."""
+        with self._context():
+            return self._function.trace(*arguments)
+
     def lower(self, *arguments: Any) -> jax.stages.Lowered:
         """Traces for arguments or `jax.ShapeDtypeStruct`s, to be compiled ahead of time."""
         with self._context():

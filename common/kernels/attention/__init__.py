@@ -125,7 +125,7 @@ def _attention_bwd(
 ) -> tuple[jax.Array | None, ...]:
     *operands, out, log_sum = residuals
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    forms = _forms("backward", options, *operands[:2], operands[5])
+    forms = _forms("backward", options, operands[0], operands[1], operands[5])
     gradients = dispatch("attention", name, *operands, log_sum, delta, d_out, **forms)
     return *gradients, None, None, None
 
