@@ -155,8 +155,8 @@ def _entering(
 
 def _run(function: str, name: str | None, *operands: jax.Array, **options: bool) -> Any:
     """Calls `function` of an implementation; the first two operands are `[B, L, D]`."""
-    if name == "reference":
-        return getattr(reference, function)(*operands, **options)
+    if name in ("reference", "xla"):
+        return getattr(reference if name == "reference" else xla, function)(*operands, **options)
     # Pallas is slow to import, and not everyone comes here.
     from common.kernels.linear_scan import gpu, tpu
 

@@ -56,8 +56,10 @@ class Blocks(NamedTuple):
 
 
 def supports(*arrays: jax.Array) -> bool:
-    """Returns whether the kernels take arrays of these dtypes."""
-    return all(array.dtype in (jnp.float32, jnp.bfloat16, jnp.float16) for array in arrays)
+    """Returns whether the kernels take these arrays: by dtype, and none that is empty."""
+    return all(
+        array.dtype in (jnp.float32, jnp.bfloat16, jnp.float16) and array.size for array in arrays
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("reverse", "interpret", "blocks"))

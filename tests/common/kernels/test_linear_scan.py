@@ -105,6 +105,12 @@ def test_absent_initial_state_is_zero():
         np.testing.assert_array_equal(have, want)
 
 
+@pytest.mark.parametrize("shape", [(0, 5, 3), (2, 5, 0)])
+def test_nothing_to_scan(shape):
+    h, h_last = linear_scan(jnp.ones(shape), jnp.ones(shape))
+    assert (h.shape, h_last.shape) == (shape, shape[::2])
+
+
 def test_vmap_over_leading_axes():
     stacked = [draw((2, 33, 5), seed) for seed in range(3)]
     values = {name: np.stack([one[name] for one in stacked]) for name in stacked[0]}
