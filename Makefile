@@ -63,8 +63,7 @@ parity: $(VENV)/.parity ## against torch and transformers, both directions
 	$(PYTEST) -m parity $(ARGS)
 
 compile: $(VENV)/.compile ## kernels and train steps ahead of time for TPU and H100
-	@code=0; $(PYTEST) -m compile $(ARGS) || code=$$?; \
-	if [ $$code -eq 5 ]; then echo "no ahead-of-time test exists yet"; else exit $$code; fi
+	$(PYTEST) -m compile $(ARGS)
 
 bench: $(VENV)/.parity ## side by side with the public implementations; see benchmarks/README.md
 	@set -e; for name in $(BENCHMARKS); do \
