@@ -16,3 +16,13 @@ def test_2b_decodes_on_one_device(where):
     )
     assert plan.fits, plan
     assert 5.0e9 < plan.traffic < 6.5e9
+
+
+def test_2b_trains_on_one_host():
+    overrides = ("train.batch_size=8", "data.sequence_length=4096")
+    _, [plan] = command.plans("recurrentgemma", "2b", "h100:8", overrides, ["train"])
+    assert plan.fits, plan
+    assert {c.kind for c in plan.collectives} >= {"all-gather", "reduce-scatter"}
+    # FSDP gathers the parameters and scatters their gradients: nowhere near all logits or keys.
+    logits = 4096 * 256_000 * 4
+    assert plan.memory.temporary < 3 * logits, plan.memory
