@@ -19,7 +19,7 @@ from common.nn.embed import Embedding
 from common.nn.layout import TokenLayout, chunk_layout, end_of_chunk, sequence_layout
 from common.nn.norms import RMSNorm
 from common.nn.stack import remat, stack
-from common.nn.tied_loss import tied_nll
+from common.nn.table import tied_nll
 from common.sharding import shard
 
 

@@ -7,6 +7,7 @@ from flax import nnx
 
 from common.nn.linear import tied_product
 from common.nn.param import param
+from common.nn.table import look_up
 from common.sharding import shard
 
 
@@ -31,7 +32,7 @@ class Embedding(nnx.Module):
 
     def encode(self, tokens: jax.Array) -> jax.Array:
         """`[B, L] int -> [B, L, D]` in the compute dtype."""
-        x = jnp.take(self.table[...], tokens, axis=0).astype(self.dtype)
+        x = look_up(self.table[...], tokens, self.dtype)
         return x if self.factor == 1.0 else x * jnp.asarray(self.factor, self.dtype)
 
     def decode(self, x: jax.Array) -> jax.Array:

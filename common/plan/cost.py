@@ -42,6 +42,7 @@ _FREE = frozenset(
     ]
 )
 _READS_ITS_RESULT = ("slice", "dynamic-slice", "gather")
+_STARTS, _ENDS = "AsyncCollectiveStart", "AsyncCollectiveDone"
 # Calls that stand for no work: buffers, and views of what other instructions have fetched.
 _NO_WORK = ("AllocateBuffer", "ConcatBitcast", "Sharding", "SPMDFullToShardShape")
 
@@ -118,7 +119,7 @@ class _Counter:
 
     def computation(self, where: hlo.Computation, carried: Sequence[hlo.Known]) -> Cost:
         """One run of a computation, given what is known of the tuple that it takes."""
-        total, channels = Cost(), set[tuple[str, str]]()
+        total = Cost()
         for instruction in where:
             match instruction.opcode:
                 case "while":
@@ -138,7 +139,7 @@ class _Counter:
                     pass
                 case _:
                     total.traffic += self._traffic(instruction, where)
-                    self._collectives(instruction, where, channels, total)
+                    self._collectives(instruction, where, total)
                     if instruction.opcode == "custom-call":
                         total.calls[_target(instruction)] += 1
         return total
@@ -205,6 +206,8 @@ class _Counter:
                 total += sum(array.bytes for array in user.arrays)
             elif user.opcode in ("dynamic-update-slice", "scatter") and first:
                 pass  # Updated in place.
+            elif user.opcode == "tuple" or _is_piece(user):
+                pass  # Handed through; a collective's traffic is counted where it starts.
             elif user.opcode == "fusion":
                 nested = self._module.computations[user.attribute("calls") or ""]
                 places = [n for n, name in enumerate(user.operands) if name == value.name]
@@ -232,43 +235,39 @@ class _Counter:
             return sum(array.bytes for array in inner.of(root)[1].arrays)
         if root.opcode == "scatter":
             return sum(array.bytes for array in inner.of(root)[-1].arrays)
-        if root.opcode == "parameter":
+        if root.opcode == "get-tuple-element":
+            root = inner.of(root)[0]
+        if root.opcode == "parameter" or _is_piece(root):
             return 0.0  # Handed through.
         return math.inf
 
     # Bytes between devices.
 
     def _collectives(
-        self,
-        instruction: hlo.Instruction,
-        where: hlo.Computation,
-        channels: set[tuple[str, str]],
-        total: Cost,
-        fused: bool = False,
+        self, instruction: hlo.Instruction, where: hlo.Computation, total: Cost
     ) -> None:
         """Adds the collective that an instruction is, or those that it has fused.
 
-        A TPU's compiler spreads one collective over the fusions that it runs beside; all pieces
-        carry the number of its channel.
+        A TPU's compiler spreads one collective over the fusions that it runs beside, even those of
+        loops in between; it counts where it starts.
         """
         if instruction.opcode == "fusion":
             inner = self._module.computations[instruction.attribute("calls") or ""]
+            starts = any(_target(part) == _STARTS for part in inner)
             for part in inner:
-                self._collectives(part, inner, channels, total, fused=True)
+                if starts or not _is_piece(part):
+                    self._collectives(part, inner, total)
             return
         kind = instruction.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
             return
         if "all-reduce-scatter" in where.name:
             kind = "reduce-scatter"  # A TPU's: one fusion that keeps its slice of the sum.
-        channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-        if fused and channel:
-            if (kind, channel[1]) in channels:
-                return
-            channels.add((kind, channel[1]))
         group = self._group(instruction)
         before = sum(a.bytes for part in where.of(instruction) for a in part.arrays)
         size = before * group if kind == "all-gather" else before
+        if group == 1:
+            return
         share = (group - 1) / group
         sent = {"all-reduce": 2 * share, "collective-permute": 1.0, "collective-broadcast": 1.0}
         total.add_collective((kind, group), 1, size, sent.get(kind, share) * size)
@@ -293,6 +292,13 @@ def _in_memory(array: hlo.Array) -> float:
 
 def _main(instruction: hlo.Instruction) -> bool:
     return any(array.space == 0 for array in instruction.arrays)
+
+
+def _is_piece(instruction: hlo.Instruction) -> bool:
+    """Whether this is a part of a collective that is spread over several fusions."""
+    if instruction.opcode == "custom-call":
+        return _target(instruction) in (_STARTS, _ENDS)
+    return instruction.opcode in COLLECTIVES and "chain_id" in instruction.attributes
 
 
 def _target(instruction: hlo.Instruction) -> str:

@@ -16,7 +16,7 @@ import jax
 from common.plan import hlo
 from common.plan.cost import Collective, Cost, cost_of
 from common.sharding.program import Program
-from common.sharding.topology import Topology, compiler_options
+from common.sharding.topology import Topology, compile_lowered
 
 # Share of the memory that a program may take. A TPU's compiler keeps its own part free and refuses
 # what does not fit; on a GPU, CUDA and NCCL need some beside the program.
@@ -119,10 +119,17 @@ class Plan:
     notes: list[str]
 
 
-def plan(name: str, program: Program, where: Topology) -> Plan:
-    """Compiles a program and takes its measure; a refusal for want of memory is a result too."""
+def plan(name: str, program: Program, where: Topology, *, quick: bool = False) -> Plan:
+    """Compiles a program and takes its measure; a refusal for want of memory is a result too.
+
+    Args:
+      name: of the program.
+      program: what to compile.
+      where: for which devices.
+      quick: see `compile_lowered`.
+    """
     started = time.perf_counter()
-    compiled, said = _compiled(program, where)
+    compiled, said = _compiled(program, where, quick)
     seconds = time.perf_counter() - started
     refusal = compiled if isinstance(compiled, str) else None
     executable = None if isinstance(compiled, str) else compiled
@@ -162,12 +169,14 @@ def plan(name: str, program: Program, where: Topology) -> Plan:
     )
 
 
-def _compiled(program: Program, where: Topology) -> tuple[jax.stages.Compiled | str, str]:
+def _compiled(
+    program: Program, where: Topology, quick: bool
+) -> tuple[jax.stages.Compiled | str, str]:
     """The compiled program, or the words of a refusal; and what the compiler said beside."""
     lowered = program.lower(where.platform)
     with _stderr() as said:
         try:
-            return lowered.compile(compiler_options=compiler_options(where)), said()
+            return compile_lowered(where, lowered, quick=quick), said()
         except jax.errors.JaxRuntimeError as error:
             text = " ".join(str(error).split())
             if not _REFUSED.search(text):

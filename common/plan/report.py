@@ -197,7 +197,7 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
 def _plan_text(plan: Plan, platform: str) -> list[str]:
     mesh = " × ".join(f"{axis} {size}" for axis, size in plan.mesh.items()) or "1 device"
     lines = [f"{plan.name}: {plan.shape} on {mesh}, compiled in {plan.compile_seconds:.0f} s"]
-    lines += ["  memory on one device, GiB", *_memory_text(plan, platform)]
+    lines += ["  memory on one device", *_memory_text(plan, platform)]
     if plan.refusal:
         lines.append(f"    the compiler: {plan.refusal[:300]}")
     devices = max(1, round(_product(plan.mesh.values())))
@@ -233,14 +233,21 @@ def _memory_text(plan: Plan, platform: str) -> list[str]:
     rows: list[tuple[str, float | None]] = list(m.holds.items())
     rows += [("arguments", m.arguments), ("outputs", m.outputs), ("  of them in place", m.aliased)]
     rows += [("temporary", m.temporary), ("program", m.code), ("peak", m.peak)]
-    lines = [f"    {name:<20}{size / GIB:10.2f}" for name, size in rows if size is not None]
+    lines = [f"    {name:<20}{_size(size):>12}" for name, size in rows if size is not None]
     verdict = "fits" if plan.fits else "does not fit"
     if m.capacity is None or m.peak is None:
         return [*lines, f"    {verdict}"]
     usable = USABLE[platform]
-    of = f"of {m.capacity / GIB:.2f}" + (f" × {usable}" if usable < 1 else "")
+    of = f"of {_size(m.capacity)}" + (f" × {usable}" if usable < 1 else "")
     lines[-1] += f" {of} ({m.peak / m.capacity:.0%}): {verdict}"
     return lines
+
+
+def _size(count: float) -> str:
+    for unit, name in ((GIB, "GiB"), (2.0**20, "MiB")):
+        if count >= unit / 10:
+            return f"{count / unit:,.2f} {name}"
+    return f"{count / 1024:,.1f} KiB"
 
 
 def _product(sizes: Any) -> float:

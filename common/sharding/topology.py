@@ -106,12 +106,36 @@ def compile_for(
         shardings = {} if out_shardings is None else {"out_shardings": out_shardings}
         function = jax.jit(function, donate_argnums=donate_argnums, **shardings)
     lowered = function.trace(*arguments).lower(lowering_platforms=(where.platform,))
-    return lowered.compile(compiler_options=compiler_options(where))
+    return compile_lowered(where, lowered)
 
 
-def compiler_options(where: Topology) -> dict[str, Any] | None:
-    """Options for a compilation without the device: nothing can be timed, so nothing is tuned."""
-    return {"xla_gpu_autotune_level": 0} if where.platform == "cuda" else None
+def compile_lowered(
+    where: Topology, lowered: jax.stages.Lowered, *, quick: bool = False
+) -> jax.stages.Compiled:
+    """Compiles what has been lowered for the platform of a topology.
+
+    Args:
+      where: the topology.
+      lowered: the program.
+      quick: spend a fifth of the time on a TPU's program: same shardings and memory within some
+        percent, slower code.
+    """
+    # Without the device nothing can be timed, so nothing is tuned; and what the cache of compiled
+    # programs would give back cannot be loaded.
+    options = {"xla_gpu_autotune_level": 0} if where.platform == "cuda" else None
+    settings: dict[str, Any] = {}
+    if where.platform != "cpu":
+        settings["jax_persistent_cache_min_compile_time_secs"] = math.inf
+    if quick and hasattr(jax.config, "jax_exec_time_optimization_effort"):
+        settings["jax_exec_time_optimization_effort"] = -1.0
+    before = {name: getattr(jax.config, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        return lowered.compile(compiler_options=options)
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def _cpus(count: int) -> tuple[jax.Device, ...]:
