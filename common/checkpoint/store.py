@@ -115,6 +115,8 @@ class CheckpointStore:
         try:
             saving.result()
         except OSError as error:
+            if error.errno is None:  # Not from the file system: another process was waited for.
+                raise
             raise UserError(f"cannot write a checkpoint in {self.folder}: {error}") from error
 
     def restore(self, abstract_state: Any) -> tuple[int, Any, Any]:

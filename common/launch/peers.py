@@ -41,6 +41,7 @@ class Peers:
         self._cluster = cluster
         self._joined = False
         self._ending = threading.Lock()  # Taken once, by whoever ends this process.
+        self._code: int | None = None  # With which it ends, once that is known.
         self._finished = threading.Event()
         self._poll = threading.Thread(target=self._look_for_word, name="peers", daemon=True)
         self._log = RuntimeLog(self._on_fatal, show_all=debug)
@@ -68,11 +69,15 @@ class Peers:
         from common.sharding import post
 
         self._ending.acquire()
+        self._code = code
         if why:
             print(why, file=sys.stderr)
         if self._joined:
-            word = {"process": self._index(), "code": code, "why": why}
-            post(_WORD, json.dumps(word))
+            word = json.dumps({"process": self._index(), "code": code, "why": why})
+            # Where the others are lost already the runtime may take it, refuse it, or never answer.
+            posting = threading.Thread(target=post, args=(_WORD, word), daemon=True)
+            posting.start()
+            posting.join(_POLL_SECONDS)
         self._exit(code)
 
     def explain(self, error: Exception) -> tuple[int, str] | None:
@@ -80,9 +85,7 @@ class Peers:
         word = self._word()
         if word is not None:
             return word
-        import jax
-
-        if isinstance(error, jax.errors.JaxRuntimeError) and _LOST_CONTACT.search(str(error)):
+        if is_lost_contact(error):
             return LOST, self._lost(f"contact was lost to another process ({_first_line(error)})")
         return None
 
@@ -104,6 +107,10 @@ class Peers:
         return word["code"], f"error: process {word['process']} ended early: {why}"
 
     def _on_fatal(self, text: str) -> None:
+        if self._code is not None:
+            # On its way to the end already, for which the runtime's abort leaves this long.
+            time.sleep(4)
+            os._exit(self._code)
         silent = _SILENT.search(text)
         if "RegisterTask" in text:
             self._end(LOST, self._not_met("newer incarnation" in text))
@@ -139,6 +146,7 @@ class Peers:
     def _end(self, code: int, line: str) -> None:
         """Ends this process from whatever thread, unless it is about to end by itself."""
         if self._ending.acquire(blocking=False):
+            self._code = code
             print(line, file=sys.stderr)
             self._exit(code)
 
@@ -150,6 +158,15 @@ class Peers:
             time.sleep(2 * _POLL_SECONDS + 0.5)
         # Not `sys.exit`, at which JAX waits for the others.
         os._exit(code)
+
+
+def is_lost_contact(error: Exception) -> bool:
+    """Returns whether an error says that a collective or a barrier has lost its other end."""
+    import jax
+
+    # Orbax turns the runtime's errors into the second kind.
+    kinds = (jax.errors.JaxRuntimeError, TimeoutError)
+    return isinstance(error, kinds) and _LOST_CONTACT.search(str(error)) is not None
 
 
 _peers: Peers | None = None

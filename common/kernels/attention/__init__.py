@@ -7,8 +7,6 @@ arrays with grouped heads, `[B, K, G, T, h]` against `[B, K, S, h]`, and `Option
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +14,7 @@ import jax.numpy as jnp
 from common.errors import UserError
 from common.kernels.attention import reference, xla
 from common.kernels.attention.options import Options, grouped_mask
-from common.kernels.dispatch import check_implementation, dispatch
+from common.kernels.dispatch import Form, check_implementation, dispatch, unfit
 
 
 def attention(
@@ -87,6 +85,7 @@ def attention(
 
 
 _Segments = tuple[jax.Array, jax.Array]
+_WIDEST = 256  # heads that leave room for two blocks in fast memory
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -114,9 +113,9 @@ def _attention_fwd(
     offset: jax.Array | None,
 ) -> tuple[jax.Array, tuple]:
     operands = (q, k, v, mask, segments, offset)
-    out, log_sum = dispatch(
-        "attention", name, *operands, **_forms("forward", options, q, k, offset)
-    )
+    kernels = _kernels("forward", name, options, q, k, offset)
+    default = functools.partial(xla.forward, options)
+    out, log_sum = dispatch("attention", name, *operands, xla=default, **kernels)
     return out, (*operands, out, log_sum)
 
 
@@ -125,30 +124,37 @@ def _attention_bwd(
 ) -> tuple[jax.Array | None, ...]:
     *operands, out, log_sum = residuals
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    forms = _forms("backward", options, operands[0], operands[1], operands[5])
-    gradients = dispatch("attention", name, *operands, log_sum, delta, d_out, **forms)
+    kernels = _kernels("backward", name, options, operands[0], operands[1], operands[5])
+    default = functools.partial(xla.backward, options)
+    operands += (log_sum, delta, d_out)
+    gradients = dispatch("attention", name, *operands, xla=default, **kernels)
     return *gradients, None, None, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _forms(
-    direction: str, options: Options, q: jax.Array, k: jax.Array, offset: jax.Array | None
-) -> dict[str, Callable[..., Any]]:
-    """Returns what there is for arrays of such shapes."""
+def _kernels(
+    direction: str,
+    name: str | None,
+    options: Options,
+    q: jax.Array,
+    k: jax.Array,
+    offset: jax.Array | None,
+) -> dict[str, Form | str]:
+    """Returns what there is for arrays of such shapes, if it can be meant by `name`."""
     # Pallas takes half a second to import: only programs with attention pay it.
     from common.kernels.attention import gpu, tpu
 
-    modules = {"xla": xla}
-    if q.size and k.size and q.shape[-1] <= 256:
-        modules["gpu"] = gpu
-        if tpu.supports(options, q, k, offset):
-            modules["tpu"] = tpu
-    return {
-        name: functools.partial(getattr(module, direction), options)
-        for name, module in modules.items()
-    }
+    forms: dict[str, Form | str] = {}
+    for platform, module in (("tpu", tpu), ("gpu", gpu)):
+        why = unfit(platform, q, k)
+        if not why and q.shape[-1] > _WIDEST:
+            why = f"head width {q.shape[-1]} is above {_WIDEST}"
+        if not why and platform == "tpu" and name in (None, "tpu"):
+            why = tpu.unfit(options, q, k, offset)
+        forms[platform] = why or functools.partial(getattr(module, direction), options)
+    return forms
 
 
 def _bounds(causal: bool, window: int | tuple[int, int] | None) -> tuple[int | None, int | None]:

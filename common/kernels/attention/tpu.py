@@ -31,13 +31,16 @@ _LANES = 128
 _MOST = 2**17  # tiles listed in scalar memory, of a megabyte
 
 
-def supports(options: Options, q: jax.Array, k: jax.Array, offset: jax.Array | None) -> bool:
-    """Returns whether the list of tiles is short enough."""
-    cuts = (_cut(n, options, q, k, offset) for n in ("forward", "backward_q", "backward_kv"))
-    return all(
-        math.prod(cut.blocks) <= _MOST or visits(cut, by_keys=False).flags.size <= _MOST
-        for cut in cuts
-    )
+def unfit(options: Options, q: jax.Array, k: jax.Array, offset: jax.Array | None) -> str | None:
+    """Returns why the list of tiles is too long; None if it is short enough."""
+    for kernel in ("forward", "backward_q", "backward_kv"):
+        cut = _cut(kernel, options, q, k, offset)
+        if math.prod(cut.blocks) <= _MOST:
+            continue
+        tiles = visits(cut, by_keys=False).flags.size
+        if tiles > _MOST:
+            return f"{q.shape[-2]} queries over {k.shape[-2]} keys are {tiles} tiles, above {_MOST}"
+    return None
 
 
 @functools.partial(jax.jit, static_argnames=("options", "interpret"))

@@ -7,7 +7,6 @@ added.
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 from common.errors import UserError
 from common.kernels.decode_attention import reference, xla
 from common.kernels.decode_attention.ring import Options
-from common.kernels.dispatch import check_implementation, dispatch
+from common.kernels.dispatch import Form, check_implementation, dispatch, unfit
 
 
 def decode_attention(
@@ -87,7 +86,8 @@ def _attention(
     new: tuple[jax.Array, jax.Array] | None,
 ) -> jax.Array:
     operands = (q, keys, values, lengths, starts, new)
-    return dispatch("decode_attention", name, *operands, **_forms(options, q, keys))
+    default = functools.partial(xla.attention, options)
+    return dispatch("decode_attention", name, *operands, xla=default, **_kernels(options, q, keys))
 
 
 def _attention_fwd(options: Options, name: str | None, *operands: jax.Array) -> tuple:
@@ -108,15 +108,17 @@ def _attention_bwd(options: Options, name: str | None, operands: tuple, d_out: j
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _forms(options: Options, q: jax.Array, keys: jax.Array) -> dict[str, Callable[..., jax.Array]]:
+def _kernels(options: Options, q: jax.Array, keys: jax.Array) -> dict[str, Form | str]:
     """Returns what there is for arrays of such shapes."""
     # Pallas takes half a second to import: only programs that decode pay it.
     from common.kernels.decode_attention import gpu, tpu
 
-    modules = {"xla": xla}
-    if q.size and keys.size:
-        modules |= {n: m for n, m in {"tpu": tpu, "gpu": gpu}.items() if m.supports(q, keys)}
-    return {name: functools.partial(m.attention, options) for name, m in modules.items()}
+    return {
+        name: unfit(name, q, keys)
+        or module.unfit(q, keys)
+        or functools.partial(module.attention, options)
+        for name, module in (("tpu", tpu), ("gpu", gpu))
+    }
 
 
 def _check(

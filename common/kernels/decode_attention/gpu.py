@@ -28,10 +28,14 @@ _PROGRAMS = 264  # that keep a large GPU busy
 _BLOCK_BYTES = 2**14  # of keys; two arrays in three stages then leave room for two programs
 
 
-def supports(q: jax.Array, keys: jax.Array) -> bool:
-    """Returns whether the kernel takes arrays of such shapes."""
+def unfit(q: jax.Array, keys: jax.Array) -> str | None:
+    """Returns why the kernel does not take arrays of such shapes; None if it does."""
+    if keys.shape[3] not in (16, 32, 64, 128, 256):
+        return f"head width {keys.shape[3]} is not 16, 32, 64, 128 or 256"
     rows = q.shape[1] * q.shape[3]
-    return keys.shape[3] in (16, 32, 64, 128, 256) and rows <= 128
+    if rows > 128:
+        return f"{q.shape[1]} new tokens x heads of one key head = {rows} are above 128"
+    return None
 
 
 @functools.partial(jax.jit, static_argnames=("options", "interpret"))

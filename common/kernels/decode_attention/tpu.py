@@ -24,10 +24,12 @@ from common.kernels.decode_attention.ring import Options
 _LANES = 128
 
 
-def supports(q: jax.Array, keys: jax.Array) -> bool:
-    """Returns whether the kernel takes arrays of such shapes."""
+def unfit(q: jax.Array, keys: jax.Array) -> str | None:
+    """Returns why the kernel does not take arrays of such shapes; None if it does."""
+    if keys.shape[3] not in (64, 128, 256):
+        return f"head width {keys.shape[3]} is not 64, 128 or 256"
     rows = q.shape[1] * q.shape[2] * q.shape[3]
-    return keys.shape[3] in (64, 128, 256) and rows <= 256
+    return f"{q.shape[1]} new tokens x heads = {rows} are above 256" if rows > 256 else None
 
 
 @functools.partial(jax.jit, static_argnames=("options", "interpret"))

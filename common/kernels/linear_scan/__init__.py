@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from common.errors import UserError
-from common.kernels.dispatch import check_implementation, dispatch
+from common.kernels.dispatch import check_implementation, dispatch, unfit
 from common.kernels.linear_scan import reference, sequence, xla
 
 
@@ -161,9 +161,8 @@ def _run(function: str, name: str | None, *operands: jax.Array, **options: bool)
     from common.kernels.linear_scan import gpu, tpu
 
     kernels = {
-        platform: functools.partial(getattr(module, function), **options)
-        if module.supports(*operands[:2])
-        else None
+        platform: unfit(platform, *operands[:2])
+        or functools.partial(getattr(module, function), **options)
         for platform, module in (("tpu", tpu), ("gpu", gpu))
     }
     default = functools.partial(getattr(xla, function), **options)

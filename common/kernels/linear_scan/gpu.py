@@ -55,13 +55,6 @@ class Blocks(NamedTuple):
     pieces: int
 
 
-def supports(*arrays: jax.Array) -> bool:
-    """Returns whether the kernels take these arrays: by dtype, and none that is empty."""
-    return all(
-        array.dtype in (jnp.float32, jnp.bfloat16, jnp.float16) and array.size for array in arrays
-    )
-
-
 @functools.partial(jax.jit, static_argnames=("reverse", "interpret", "blocks"))
 def forward(
     a: jax.Array,

@@ -54,11 +54,6 @@ class Blocks(NamedTuple):
     tile: int
 
 
-def supports(*arrays: jax.Array) -> bool:
-    """Returns whether the kernels take these arrays: by dtype, and none that is empty."""
-    return all(array.dtype in (jnp.float32, jnp.bfloat16) and array.size for array in arrays)
-
-
 @functools.partial(jax.jit, static_argnames=("reverse", "interpret", "blocks"))
 def forward(
     a: jax.Array,

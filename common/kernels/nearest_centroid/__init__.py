@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.errors import UserError
-from common.kernels.dispatch import check_implementation, dispatch
+from common.kernels.dispatch import check_implementation, dispatch, unfit
 from common.kernels.nearest_centroid import reference, xla
 
 
@@ -78,7 +78,14 @@ def _check(x: jax.Array, c: jax.Array) -> None:
 def _nearest(implementation: str | None, x: jax.Array, c: jax.Array) -> tuple[jax.Array, jax.Array]:
     half = 0.5 * jnp.sum(jnp.square(c.astype(jnp.float32)), axis=1)
     index, score = dispatch(
-        "nearest_centroid", implementation, x, c, half, xla=xla.search, tpu=_tpu, gpu=_gpu
+        "nearest_centroid",
+        implementation,
+        x,
+        c,
+        half,
+        xla=xla.search,
+        tpu=unfit("tpu", x, c) or _tpu,
+        gpu=unfit("gpu", x, c) or _gpu,
     )
     rows = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=1)
     return index, jnp.maximum(2 * score + rows, 0)

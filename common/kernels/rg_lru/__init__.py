@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from common.errors import UserError
-from common.kernels.dispatch import check_implementation, dispatch
+from common.kernels.dispatch import check_implementation, dispatch, unfit
 from common.kernels.rg_lru import gates, reference, xla
 
 __all__ = ["rg_lru"]
@@ -110,7 +110,14 @@ def _check(v, gate_x, gate_a, a_param, h0, reset, valid) -> None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _rg_lru(name: str | None, *operands: Any) -> tuple[jax.Array, jax.Array]:
-    return dispatch("rg_lru", name, *operands, xla=xla.forward, tpu=_tpu_forward, gpu=_gpu_forward)
+    return dispatch(
+        "rg_lru",
+        name,
+        *operands,
+        xla=xla.forward,
+        tpu=unfit("tpu", *operands[:5]) or _tpu_forward,
+        gpu=unfit("gpu", *operands[:5]) or _gpu_forward,
+    )
 
 
 def _rg_lru_fwd(name: str | None, *operands: Any) -> tuple[Any, Any]:
@@ -125,8 +132,8 @@ def _rg_lru_bwd(name: str | None, residuals: Any, cotangents: Any) -> tuple[Any,
         *residuals,
         *cotangents,
         xla=xla.backward,
-        tpu=_tpu_backward,
-        gpu=_gpu_backward,
+        tpu=unfit("tpu", *residuals[:5]) or _tpu_backward,
+        gpu=unfit("gpu", *residuals[:5]) or _gpu_backward,
     )
     return *gradients, None, None  # for reset and valid
 

@@ -4,6 +4,8 @@ python tiny_launcher.py train WORKDIR PAUSE    trains, a pause before every batc
 python tiny_launcher.py meshes FOLDER NAME …   places rows on MESHES, and trains on those named
 """
 
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -32,15 +34,24 @@ MESHES = {
 
 
 class LocalBatches(Batches):
-    """This process's rows of the batches that one process would draw."""
+    """This process's rows of the batches that one process would draw.
 
-    def __init__(self, mesh: jax.sharding.Mesh, pause: float = 0):
+    Args:
+      mesh: decides which rows.
+      pause: seconds before every batch.
+      stop_at: the batch before which this process gets a SIGTERM.
+    """
+
+    def __init__(self, mesh: jax.sharding.Mesh, pause: float = 0, stop_at: int | None = None):
         super().__init__()
         self._local = local_rows(mesh, self.rows)
         self._pause = pause
+        self._stop_at = stop_at
 
     def __next__(self) -> dict[str, np.ndarray]:
         time.sleep(self._pause)
+        if self.index == self._stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
         return {name: array[self._local] for name, array in super().__next__().items()}
 
 
