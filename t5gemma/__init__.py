@@ -1,0 +1,1 @@
+"""T5Gemma: decoder-only language models adapted into encoder-decoders."""
