@@ -172,7 +172,7 @@ def _pretraining(*, batch_size: int, learning_rate: float) -> dict:
             eval_batches=64,
             checkpoint_every=1000,
             optimizer=OptimizerConfig(learning_rate=learning_rate, warmup_steps=2000),
-            mesh=MeshConfig(data=1, fsdp=-1),
+            mesh=MeshConfig(data=1, fsdp=-1, most_fsdp=16),
         ),
         "loss_chunk": 1024,
     }

@@ -27,7 +27,7 @@ from common.sharding.topology import Topology, topology
 EXAMPLES = (
     "python -m common.plan --package=recurrentgemma --config=smoke --topology=cpu:8",
     "python -m common.plan --package=recurrentgemma --config=2b --topology=v5e:16x16 "
-    "--program=train --set train.mesh.data=16 --set train.mesh.fsdp=16",
+    "--program=train --set train.mesh.most_fsdp=32",
     "python -m common.plan --package=recurrentgemma --config=9b --topology=v5e:2x2 "
     "--program=decode --rows=8 --context=8192 --json",
 )

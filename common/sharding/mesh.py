@@ -21,12 +21,19 @@ BATCH_AXES = ("data", "fsdp")
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; at most one may be -1, which takes the devices that are left."""
+    """Sizes of the mesh axes; at most one may be -1, which takes the devices that are left.
+
+    Attributes:
+      data, fsdp, tensor, context: the sizes.
+      most_fsdp: how many devices `fsdp=-1` takes at the most; `data` takes the rest. Parameters in
+        very small parts are slow to gather: below a tile of memory, a TPU adds up zeros instead.
+    """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
     context: int = 1
+    most_fsdp: int | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -117,7 +124,7 @@ def place_rows(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arr
 
 
 def _resolve(config: MeshConfig, count: int) -> tuple[int, ...]:
-    sizes = config.sizes
+    sizes = _bounded(config, count).sizes
     given = ", ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(f"mesh sizes must be positive, at most one of them -1; got {given}")
@@ -129,6 +136,22 @@ def _resolve(config: MeshConfig, count: int) -> tuple[int, ...]:
             + ("they do not divide evenly" if -1 in sizes else f"the sizes multiply to {known}")
         )
     return shape
+
+
+def _bounded(config: MeshConfig, count: int) -> MeshConfig:
+    """Returns the sizes with what `most_fsdp` keeps from `fsdp` given to `data`."""
+    most = config.most_fsdp
+    if most is None or config.fsdp != -1:
+        return config
+    if most < 1:
+        raise UserError(f"mesh.most_fsdp must be positive, not {most}")
+    if min(config.data, config.tensor, config.context) < 1:
+        return config  # Told as it is.
+    left, rest = divmod(count, config.data * config.tensor * config.context)
+    if rest or not left:
+        return config
+    fsdp = max(n for n in range(1, min(most, left) + 1) if left % n == 0)
+    return dataclasses.replace(config, data=config.data * (left // fsdp), fsdp=fsdp)
 
 
 def _slice_index(device: jax.Device) -> int:

@@ -18,6 +18,21 @@ def test_explicit_sizes_and_devices():
     assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 1, "context": 2}
 
 
+@pytest.mark.parametrize(
+    ("config", "data", "fsdp"),
+    [
+        (MeshConfig(data=1, fsdp=-1, most_fsdp=16), 1, 8),
+        (MeshConfig(data=1, fsdp=-1, most_fsdp=4), 2, 4),
+        (MeshConfig(data=1, fsdp=-1, most_fsdp=3), 4, 2),
+        (MeshConfig(data=2, fsdp=-1, most_fsdp=2, tensor=2), 2, 2),
+        (MeshConfig(data=2, fsdp=4, most_fsdp=2), 2, 4),
+    ],
+)
+def test_what_fsdp_may_not_take_goes_to_data(config, data, fsdp):
+    shape = make_mesh(config).shape
+    assert (shape["data"], shape["fsdp"]) == (data, fsdp)
+
+
 def test_auto_axes_leave_eager_code_alone():
     mesh = make_mesh(MeshConfig())
     assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
@@ -29,6 +44,9 @@ def test_auto_axes_leave_eager_code_alone():
         MeshConfig(data=3),
         MeshConfig(tensor=3),
         MeshConfig(data=-1, fsdp=-1),
+        MeshConfig(data=-1, fsdp=-1, most_fsdp=4),
+        MeshConfig(data=3, fsdp=-1, most_fsdp=4),
+        MeshConfig(fsdp=-1, data=1, most_fsdp=0),
         MeshConfig(data=0),
         MeshConfig(data=-2),
         MeshConfig(data=4, fsdp=4),
@@ -36,7 +54,7 @@ def test_auto_axes_leave_eager_code_alone():
     ],
 )
 def test_sizes_that_do_not_fit_name_themselves(config):
-    with pytest.raises(UserError, match=f"tensor={config.tensor}.*"):
+    with pytest.raises(UserError, match=f"tensor={config.tensor}|most_fsdp must be"):
         make_mesh(config)
 
 
