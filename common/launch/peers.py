@@ -86,7 +86,10 @@ class Peers:
         if word is not None:
             return word
         if is_lost_contact(error):
-            return LOST, self._lost(f"contact was lost to another process ({_first_line(error)})")
+            lost = self._silent(str(error)) or (
+                f"contact was lost to another process ({_first_line(error)})"
+            )
+            return LOST, self._lost(lost)
         return None
 
     def _look_for_word(self) -> None:
@@ -111,17 +114,23 @@ class Peers:
             # On its way to the end already, for which the runtime's abort leaves this long.
             time.sleep(4)
             os._exit(self._code)
-        silent = _SILENT.search(text)
+        silent = self._silent(text)
         if "RegisterTask" in text:
             self._end(LOST, self._not_met("newer incarnation" in text))
         elif silent:
-            seconds = self._cluster.heartbeat_seconds
-            names = ", ".join((silent[1] or silent[2]).split())
-            self._end(LOST, self._lost(f"no sign of process {names} for {seconds} s"))
+            self._end(LOST, self._lost(silent))
         elif "Failed to send RPC" in text or "leader" in text:
             self._end(LOST, self._lost("process 0, which coordinates, is gone"))
         else:
             self._end(LOST, self._lost(f"contact was lost to the others ({_status(text)})"))
+
+    def _silent(self, text: str) -> str | None:
+        """Which process the runtime misses, if it says so."""
+        named = _SILENT.search(text)
+        if named is None:
+            return None
+        names = ", ".join((named[1] or named[2]).split())
+        return f"no sign of process {names} for {self._cluster.heartbeat_seconds} s"
 
     def _lost(self, what: str) -> str:
         return f"error: {what}, so process {self._index()} ends too: {_AGAIN}"

@@ -84,7 +84,8 @@ def test_the_survivor_of_a_killed_process_ends_in_time(waiting, killed, says):
     assert codes[killed] == -signal.SIGKILL
     assert codes[other] == LOST
     said = waiting.complained(other)
-    assert said.startswith(f"error: {says}")
+    # The runtime may refuse the barrier before it tells which process it misses.
+    assert said.startswith((f"error: {says}", "error: contact was lost to another process"))
     assert "start all of them again" in said
     assert said.count("\n") == 1, said
 
