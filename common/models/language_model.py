@@ -129,7 +129,9 @@ class LanguageModel(nnx.Module):
       width: D.
       pattern: builders of the repeating unit's blocks.
       num_layers: total number of blocks; the pattern is repeated and cut off there.
-      scale_embedding: multiply embeddings by sqrt(D) (rounded to bf16, as Gemma does).
+      tied: one table for embedding and head.
+      scale_embedding: multiply embeddings by sqrt(D).
+      bfloat16_scale: round that factor to bfloat16 (RecurrentGemma); else to the compute dtype.
       logits_softcap: cap c of `c tanh(logits / c)`, or None.
       norm_epsilon: epsilon of the final norm.
       max_length: longest document the model may see, or None if there is no limit.
@@ -144,7 +146,9 @@ class LanguageModel(nnx.Module):
         width: int,
         pattern: Sequence[BuildBlock],
         num_layers: int,
+        tied: bool = True,
         scale_embedding: bool,
+        bfloat16_scale: bool = True,
         logits_softcap: float | None,
         norm_epsilon: float = 1e-6,
         zero_centred_norm: bool = True,
@@ -154,7 +158,12 @@ class LanguageModel(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.embed = Embedding(
-            vocab_size, width, scale_by_sqrt_width=scale_embedding, dtype=dtype, rngs=rngs
+            vocab_size,
+            width,
+            scale_by_sqrt_width=scale_embedding,
+            scale_dtype=jnp.bfloat16 if bfloat16_scale else dtype,
+            dtype=dtype,
+            rngs=rngs,
         )
         depth, remainder = divmod(num_layers, len(pattern))
         self.units = stack(functools.partial(_build_unit, pattern), depth, rngs) if depth else None
@@ -162,6 +171,7 @@ class LanguageModel(nnx.Module):
         self.final_norm = RMSNorm(
             width, epsilon=norm_epsilon, zero_centred=zero_centred_norm, rngs=rngs
         )
+        self.head = None if tied else Embedding(vocab_size, width, dtype=dtype, rngs=rngs)
         self.logits_softcap = logits_softcap
         self.vocab_size, self.width = vocab_size, width
         self.num_layers, self.num_units, self.unit_size = num_layers, depth, len(pattern)
@@ -203,15 +213,19 @@ class LanguageModel(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """`[..., D] -> [..., V]` fp32, capped where the model caps."""
-        return self._capped(self.embed.decode(hidden))
+        return self._capped(self._head.decode(hidden))
 
     def nll(self, hidden: jax.Array, targets: jax.Array, chunk: int | None = None) -> jax.Array:
         """Next-token losses: `hidden [B, L, D]`, `targets [B, L]` -> `[B, L]` fp32 nats.
 
         The logits of `chunk` positions of each row exist at a time (None: of all).
         """
-        table = self.embed.table[...]
+        table = self._head.table[...]
         return tied_nll(hidden, table, targets, cap=self._capped, dtype=self.dtype, chunk=chunk)
+
+    @property
+    def _head(self) -> Embedding:
+        return self.embed if self.head is None else self.head
 
     def _capped(self, logits: jax.Array) -> jax.Array:
         if self.logits_softcap is None:

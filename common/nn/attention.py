@@ -1,4 +1,4 @@
-"""Causal self-attention with a ring of cached keys: global or over a sliding window."""
+"""Self-attention, causal with a ring of cached keys or bidirectional: global or over a window."""
 
 import dataclasses
 import math
@@ -10,8 +10,9 @@ from flax import nnx
 from common.kernels import attention, decode_attention
 from common.nn.layout import TokenLayout
 from common.nn.linear import Linear
+from common.nn.norms import RMSNorm
 from common.nn.param import Initializer
-from common.nn.rope import rope
+from common.nn.rope import RopeScaling, rope
 from common.sharding import per_shard, shard, ways
 
 # Logical axes of queries `[B, T, K, N / K, h]` and of keys `[B, S, K, h]`.
@@ -41,10 +42,16 @@ class Attention(nnx.Module):
       num_heads: N query heads.
       num_kv_heads: K key and value heads; N is a multiple of K.
       head_dim: h.
-      window: number of keys a query sees, its own included; None sees the whole document.
-      rope_base, rope_fraction: see `rope`.
+      causal: whether a query sees no later key. Without, there is no decode cache.
+      window: causal: number of keys a query sees, its own included; bidirectional: number of keys
+        on each side of its own. A pair is the exact number of keys before and after its own. None
+        sees the whole document.
+      rope_base, rope_fraction, rope_scaling: see `rope`.
+      query_scale: factor of the scores; None is `h ** -0.5`.
       softcap: cap c of `c tanh(logits / c)`, or None.
-      out_bias: whether the output projection has a bias.
+      qk_norm: RMSNorm over h on queries and keys, before they are rotated (Gemma 3).
+      norm_epsilon, zero_centred_norm: of these norms.
+      qkv_bias, out_bias: whether the input projections and the output projection have biases.
     """
 
     def __init__(
@@ -54,19 +61,27 @@ class Attention(nnx.Module):
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
-        window: int | None = None,
+        causal: bool = True,
+        window: int | tuple[int, int] | None = None,
         rope_base: float = 10_000.0,
         rope_fraction: float = 1.0,
+        rope_scaling: RopeScaling | None = None,
+        query_scale: float | None = None,
         softcap: float | None = None,
+        qk_norm: bool = False,
+        norm_epsilon: float = 1e-6,
+        zero_centred_norm: bool = True,
+        qkv_bias: bool = False,
         out_bias: bool = False,
         out_init: Initializer | None = None,
         dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         cols = {"dtype": dtype, "rngs": rngs}
-        self.q = Linear(width, num_heads * head_dim, axes=("embed", "heads"), **cols)
-        self.k = Linear(width, num_kv_heads * head_dim, axes=("embed", "kv_heads"), **cols)
-        self.v = Linear(width, num_kv_heads * head_dim, axes=("embed", "kv_heads"), **cols)
+        inward = {"use_bias": qkv_bias, **cols}
+        self.q = Linear(width, num_heads * head_dim, axes=("embed", "heads"), **inward)
+        self.k = Linear(width, num_kv_heads * head_dim, axes=("embed", "kv_heads"), **inward)
+        self.v = Linear(width, num_kv_heads * head_dim, axes=("embed", "kv_heads"), **inward)
         self.o = Linear(
             num_heads * head_dim,
             width,
@@ -75,9 +90,16 @@ class Attention(nnx.Module):
             init=out_init,
             **cols,
         )
+        norm = {"epsilon": norm_epsilon, "zero_centred": zero_centred_norm, "rngs": rngs}
+        self.q_norm = RMSNorm(head_dim, **norm) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim, **norm) if qk_norm else None
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.window = window
+        self.causal = causal
+        # Keys before and after the query's own position; None: all.
+        self.before, self.after = _bounds(causal, window)
         self.rope_base, self.rope_fraction = rope_base, rope_fraction
+        self.rope_scaling = rope_scaling
+        self.query_scale = query_scale
         self.softcap = softcap
         self.dtype = jnp.dtype(dtype)
 
@@ -85,9 +107,11 @@ class Attention(nnx.Module):
         self, x: jax.Array, layout: TokenLayout, state: AttentionState | None = None
     ) -> tuple[jax.Array, AttentionState | None]:
         """`x [B, T, D] -> [B, T, D]` and the ring after the last real token (None if none came)."""
+        if state is not None and not self.causal:
+            raise ValueError("bidirectional attention has no decode cache")
         batch, length, _ = x.shape
-        q = self._rotated(self._heads(self.q(x), "heads"), layout)
-        k = self._rotated(self._heads(self.k(x), "kv_heads"), layout)
+        q = self._rotated(self._heads(self.q(x), "heads"), self.q_norm, layout)
+        k = self._rotated(self._heads(self.k(x), "kv_heads"), self.k_norm, layout)
         v = self._heads(self.v(x), "kv_heads")
         if state is None or layout.fresh:
             out = self._attend(q, k, v, layout.segments, layout.segments)
@@ -103,7 +127,9 @@ class Attention(nnx.Module):
 
         A window of W keys needs W - 1 slots: the query brings its own key.
         """
-        limits = [n for n in (capacity, self.window and self.window - 1) if n is not None]
+        if not self.causal:
+            raise ValueError("bidirectional attention has no decode cache")
+        limits = [n for n in (capacity, self.before) if n is not None]
         if not limits:
             raise ValueError("attention without a window needs a cache capacity")
         shape = (batch, max(1, min(limits)), self.num_kv_heads, self.head_dim)
@@ -113,12 +139,24 @@ class Attention(nnx.Module):
         # Constrained here, lest a head be split over devices where whole heads do not divide.
         return shard(x.reshape(*x.shape[:2], -1, self.head_dim), "batch", "seq", axis, None)
 
-    def _rotated(self, x: jax.Array, layout: TokenLayout) -> jax.Array:
-        return rope(x, layout.positions, base=self.rope_base, fraction=self.rope_fraction)
+    def _rotated(self, x: jax.Array, norm: RMSNorm | None, layout: TokenLayout) -> jax.Array:
+        x = x if norm is None else norm(x)
+        return rope(
+            x,
+            layout.positions,
+            base=self.rope_base,
+            fraction=self.rope_fraction,
+            scaling=self.rope_scaling,
+        )
 
     def _attend(self, q, k, v, query_segments, key_segments) -> jax.Array:
-        """Causal attention, its queries split over `context`, each device with all of its keys."""
+        """Attention, its queries split over `context`, each device with all of its keys."""
         total, keys = q.shape[1], k.shape[1]
+        window: int | tuple[int, int] | None = None
+        if self.causal:
+            window = None if self.before is None else self.before + 1
+        elif self.before is not None and self.after is not None:
+            window = (self.before, self.after)
 
         def local(q, k, v, query_segments, key_segments, *, axis_name: str | None) -> jax.Array:
             segments = None if query_segments is None else (query_segments, key_segments)
@@ -129,9 +167,10 @@ class Attention(nnx.Module):
                 q.reshape(*q.shape[:2], -1, self.head_dim),
                 k,
                 v,
-                causal=True,
-                window=self.window,
+                causal=self.causal,
+                window=window,
                 softcap=self.softcap,
+                scale=self.query_scale,
                 segment_ids=segments,
                 offset=offset,
             )
@@ -149,8 +188,8 @@ class Attention(nnx.Module):
     def _attend_one(self, q, k, v, layout: TokenLayout, state: AttentionState) -> jax.Array:
         """One query a row against the ring and its own key, without moving the ring."""
         cached, starts, segments = _continued(layout)
-        if self.window is not None:
-            starts = jnp.maximum(starts, layout.positions[:, 0] - self.window + 1)
+        if self.before is not None:
+            starts = jnp.maximum(starts, layout.positions[:, 0] - self.before)
         starts = jnp.where(segments[:, 0] == 0, starts, cached)  # A new document sees no old one.
 
         def local(q, keys, values, k, v, cached, starts) -> jax.Array:
@@ -162,6 +201,7 @@ class Attention(nnx.Module):
                 new=(k, v),
                 starts=starts,
                 softcap=self.softcap,
+                scale=self.query_scale,
             )
             return out.reshape(q.shape)
 
@@ -201,6 +241,19 @@ class Attention(nnx.Module):
         keys = jnp.concatenate([old_k.astype(k.dtype), k], axis=1)
         values = jnp.concatenate([old_v.astype(v.dtype), v], axis=1)
         return self._attend(q, keys, values, segments, jnp.concatenate([owner, segments], axis=1))
+
+
+def _bounds(causal: bool, window: int | tuple[int, int] | None) -> tuple[int | None, int | None]:
+    """How many keys before and after its own position a query sees; None: all."""
+    if isinstance(window, int):
+        before, after = (window - 1, 0) if causal else (window, window)
+    elif window is not None:
+        before, after = window[0], 0 if causal else window[1]
+    else:
+        return None, 0 if causal else None
+    if before < 0 or after < 0:
+        raise ValueError(f"attention needs a window that holds the query's own key, not {window}")
+    return before, after
 
 
 def _continued(layout: TokenLayout) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -12,7 +12,10 @@ from common.sharding import shard
 
 
 class Embedding(nnx.Module):
-    """`table [V, D]`: rows on the way in, the same rows as output head on the way out."""
+    """`table [V, D]`: rows on the way in, the same rows as output head on the way out.
+
+    A head of its own is a second one, of which only `decode` is called.
+    """
 
     def __init__(
         self,
@@ -20,14 +23,15 @@ class Embedding(nnx.Module):
         width: int,
         *,
         scale_by_sqrt_width: bool = False,
+        scale_dtype: jax.typing.DTypeLike = jnp.bfloat16,
         dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         init = jax.nn.initializers.normal(width**-0.5)
         self.table = param(rngs, init, (vocab_size, width), ("vocab", "embed"))
         self.dtype = jnp.dtype(dtype)
-        # Gemma's factor is rounded to bfloat16 whatever the compute dtype: sqrt(2560) becomes 50.5.
-        factor = np.asarray(width**0.5, jnp.bfloat16) if scale_by_sqrt_width else 1.0
+        # RecurrentGemma's is rounded to bfloat16 whatever the compute dtype: sqrt(2560) is 50.5.
+        factor = np.asarray(width**0.5, scale_dtype) if scale_by_sqrt_width else 1.0
         self.factor = float(factor)
 
     def encode(self, tokens: jax.Array) -> jax.Array:

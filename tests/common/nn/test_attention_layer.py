@@ -23,15 +23,14 @@ MESHES = {
 }
 
 
-def layer(kv_heads, heads=8):
+def layer(kv_heads, heads=8, **options):
     return Attention(
         WIDTH,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=4,
-        window=7,
-        softcap=3.0,
         rngs=nnx.Rngs(0),
+        **{"window": 7, "softcap": 3.0, **options},
     )
 
 
@@ -121,3 +120,85 @@ def test_each_device_holds_what_it_works_on(case, queries, keys, monkeypatch):
     with use_mesh(make_mesh(sizes, jax.devices()[:8])):
         gradients(graph).lower(parameters, draw(1, BATCH, LENGTH, WIDTH))
     assert set(seen) == {(queries, keys, keys)}
+
+
+@pytest.mark.parametrize("case", MESHES)
+def test_bidirectional_mesh_equals_one_device(case):
+    kv_heads, sizes = MESHES[case]
+    graph, parameters = split(kv_heads, causal=False, window=3)
+    x = draw(1, BATCH, LENGTH, WIDTH)
+    alone = gradients(graph)(parameters, x)
+    with use_mesh(make_mesh(sizes, jax.devices()[:8])):
+        together = gradients(graph)(parameters, x)
+    for have, want in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(have, want, rtol=2e-5, atol=2e-5)
+
+
+def sees(module, segments=None):
+    """`[T, S]`: True where the output at t changes with the input at s."""
+    x = draw(2, 1, 12, WIDTH)
+    layout = sequence_layout(x[..., 0], None, segments)
+    call = jax.jit(lambda x: module(x, layout)[0][0])
+    base = call(x)
+    return np.stack(
+        [np.any(np.asarray(call(x.at[0, s].add(1.0)) != base), axis=-1) for s in range(12)], axis=1
+    )
+
+
+DISTANCE = np.arange(12)[:, None] - np.arange(12)[None]  # how far the key is behind the query
+
+
+@pytest.mark.parametrize(
+    ("causal", "window", "seen"),
+    [
+        (True, None, DISTANCE >= 0),
+        (True, 3, (DISTANCE >= 0) & (DISTANCE <= 2)),
+        (False, None, DISTANCE > -99),
+        (False, 3, abs(DISTANCE) <= 3),
+        (False, 0, DISTANCE == 0),
+        (False, (1, 4), (DISTANCE <= 1) & (DISTANCE >= -4)),
+    ],
+)
+def test_window(causal, window, seen):
+    module = layer(2, causal=causal, window=window)
+    np.testing.assert_array_equal(sees(module), seen)
+    documents = np.repeat([1, 2], [5, 7])[None]
+    together = documents[0][:, None] == documents[0][None]
+    np.testing.assert_array_equal(sees(module, documents), seen & together)
+
+
+def test_bidirectional_has_no_cache():
+    with pytest.raises(ValueError, match="no decode cache"):
+        layer(2, causal=False, window=3).init_state(1, 8)
+    with pytest.raises(ValueError, match="own key"):
+        layer(2, window=0)
+
+
+def test_norms_scale_and_biases_equal_the_formula():
+    heads, length = 4, 6
+    options = {"softcap": None, "window": None, "qk_norm": True, "qkv_bias": True}
+    module = layer(heads, heads=heads, query_scale=0.7, rope_base=100.0, **options)
+    for seed, linear in enumerate((module.q, module.k, module.v)):
+        linear.bias[...] = draw(seed, 16)
+    module.q_norm.scale[...], module.k_norm.scale[...] = draw(3, 4), draw(4, 4)
+    x = draw(5, 1, length, WIDTH)
+    with jax.default_matmul_precision("highest"):
+        out, _ = module(x, sequence_layout(x[..., 0]))
+
+    def projected(linear, norm=None):
+        y = np.asarray(x[0] @ linear.kernel[...] + linear.bias[...], np.float64)
+        y = y.reshape(length, heads, 4)
+        if norm is None:
+            return y
+        y = y / np.sqrt(np.mean(y**2, -1, keepdims=True) + 1e-6) * (1 + np.asarray(norm.scale[...]))
+        angles = np.arange(length)[:, None, None] * np.array([1.0, 0.1])
+        a, b = y[..., :2], y[..., 2:]
+        sin, cos = np.sin(angles), np.cos(angles)
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+    q, k = projected(module.q, module.q_norm), projected(module.k, module.k_norm)
+    scores = 0.7 * np.einsum("tnh,snh->nts", q, k)
+    weights = np.exp(scores) * (DISTANCE[:length, :length] >= 0)
+    weights /= weights.sum(-1, keepdims=True)
+    expected = np.einsum("nts,snh->tnh", weights, projected(module.v)).reshape(length, 16)
+    np.testing.assert_allclose(out[0], expected @ np.asarray(module.o.kernel[...]), atol=2e-5)
