@@ -28,8 +28,8 @@ Clock = Callable[[Callable[..., Any], Any], float]
 
 # Less is the noise of the clock.
 _FASTER = 0.98
-# Blocks that count steps of a pipeline, not elements of an array.
-_COUNTED_SINGLY = {"stages"}
+# Numbers that count steps of a pipeline, or that name a way; not elements of an array.
+_COUNTED_SINGLY = {"stages", "route"}
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
 
 

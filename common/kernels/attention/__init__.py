@@ -73,6 +73,11 @@ def attention(
     if mask is not None:
         mask = grouped_mask(mask, kv_heads)
     segments = _checked_segments(segment_ids, batch, queries, keys)
+    if implementation in (None, "gpu"):
+        from common.kernels.attention import vendor
+
+        if vendor.preferred(options, q, k, mask, segments, offset):
+            return vendor.attention(options, q, k, v)
     q_grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, width)
     q_grouped = jnp.transpose(q_grouped, (0, 2, 3, 1, 4))
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
