@@ -2,6 +2,8 @@
 
 from common.checkpoint.folder import open_checkpoint as open_checkpoint
 from common.checkpoint.folder import open_huggingface as open_huggingface
+from common.checkpoint.gguf import GGUFTensors as GGUFTensors
+from common.checkpoint.gguf import open_gguf_file as open_gguf_file
 from common.checkpoint.keymap import Piece as Piece
 from common.checkpoint.keymap import Row as Row
 from common.checkpoint.keymap import export_tensors as export_tensors

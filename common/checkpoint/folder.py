@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.checkpoint.gguf import is_gguf_file, open_gguf_file
 from common.checkpoint.reader import Index, Shape, TensorReader, no_tensor, quoted
 from common.checkpoint.safetensors import open_safetensors_file, parse_json_object
 from common.checkpoint.torch_file import is_torch_file, open_torch_file
@@ -51,8 +52,8 @@ class ShardedTensors:
 def open_checkpoint(path: str | Path) -> TensorReader:
     """Opens the tensors at `path`, whichever of the known foreign formats it has.
 
-    That is a Hugging Face folder, a `.safetensors` or torch `.pth`/`.pt`/`.bin` file, the folder
-    of an Orbax parameter tree, or a Flax `.msgpack` file.
+    That is a Hugging Face folder, a `.safetensors`, `.gguf` or torch `.pth`/`.pt`/`.bin` file, the
+    folder of an Orbax parameter tree, or a Flax `.msgpack` file.
 
     Raises:
       UserError: nothing is there, it has another format, or it is damaged.
@@ -64,6 +65,8 @@ def open_checkpoint(path: str | Path) -> TensorReader:
         return open_tree_folder(path) if is_tree_folder(path) else open_huggingface(path)
     if path.name.endswith(".index.json"):
         return _open_sharded(path)
+    if path.suffix == ".gguf" or is_gguf_file(path):
+        return open_gguf_file(path)
     if path.suffix == ".msgpack":
         return open_msgpack_file(path)
     if path.suffix in (".pth", ".pt", ".bin") or is_torch_file(path):
