@@ -90,6 +90,7 @@ def init_state(
     parts: ModelParts,
     optimizer: optax.GradientTransformation,
     initial_params: PureDict | None = None,
+    initial_rest: PureDict | None = None,
 ) -> TrainState:
     """Returns the state before the first step; traced inside `jit` for sharded arrays.
 
@@ -97,10 +98,12 @@ def init_state(
       parts: the model's static part.
       optimizer: over the trained parameters.
       initial_params: used instead of fresh ones.
+      initial_rest: used instead of the fresh variables of the same names.
     """
     params, rest = parts.fresh()
     if initial_params is not None:
         params = initial_params
+    rest = _unflatten({**_flatten(rest), **_flatten(initial_rest or {})})
     # A weakly typed parameter would promote otherwise after it has been restored.
     params, rest = jax.tree.map(_strongly_typed, (params, rest))
     trained, _ = parts.split_trained(params)

@@ -65,6 +65,20 @@ class Task(abc.ABC):
         """Returns further state, such as averaged parameters; any pytree of arrays."""
         return {}
 
+    def initial_rest(self, abstract: PureDict) -> PureDict:
+        """Returns a new run's values for variables that are not parameters, as far as it has them.
+
+        The place of a frozen model's weights: called outside of the compiled initialisation, where
+        arrays are no constants of a program. A resumed run has them from its checkpoint.
+
+        Args:
+          abstract: those variables as `jax.ShapeDtypeStruct`s that carry their shardings.
+
+        Returns:
+          A part of the same tree; what `build` gives holds elsewhere.
+        """
+        return {}
+
     def after_update(self, params: PureDict, extra: Any, step: jax.Array) -> tuple[PureDict, Any]:
         """Returns parameters and extra state after update number `step` (the first is 1).
 

@@ -219,12 +219,13 @@ class Trainer:
             return step
         with self._goodput.phase("init"), use_mesh(self.mesh, self.task.rules):
             params = self._initial_params(abstract.params) if self._initial_params else None
+            rest = self.task.initial_rest(abstract.rest)
             init = jax.jit(
-                lambda params: init_state(self._parts, optimizer, params),
+                lambda params, rest: init_state(self._parts, optimizer, params, rest),
                 out_shardings=shardings_of(abstract),
                 compiler_options=_quick_compilation(self.mesh),
             )
-            self.state = jax.block_until_ready(init(params))
+            self.state = jax.block_until_ready(init(params, rest))
         return 0
 
     def _train(self, step: int) -> tuple[int, bool]:
