@@ -136,6 +136,31 @@ class DepthwiseConv(_OneToOne):
 
 
 @dataclasses.dataclass(frozen=True)
+class FirstRows(_OneToOne):
+    """The first rows of a source that has `rows` of them: a table with unused rows at its end.
+
+    Backwards the unused rows are zeros.
+    """
+
+    rows: int
+
+    def source_shape(self, shape: Shape) -> Shape:
+        if not shape or shape[0] > self.rows:
+            raise ValueError(f"{self} cannot give shape {shape}")
+        return (self.rows, *shape[1:])
+
+    def reads(self, index: Index, shape: Shape, count: int) -> Reads | None:
+        return [(0, index)]
+
+    def forward(self, arrays: Sequence[np.ndarray], shape: Shape) -> np.ndarray:
+        return arrays[0][: shape[0]]
+
+    def inverse(self, array: np.ndarray, count: int) -> list[np.ndarray]:
+        padding = [(0, self.rows - array.shape[0])] + [(0, 0)] * (array.ndim - 1)
+        return [np.pad(array, padding)]
+
+
+@dataclasses.dataclass(frozen=True)
 class AddConstant(_OneToOne):
     """`target = source + constant` (a norm stored without its one), computed in float64.
 

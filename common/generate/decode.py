@@ -45,6 +45,13 @@ def prefill(graphdef: nnx.GraphDef, state: Any, tokens, valid, *, capacity: int)
     return model.prefill(tokens, valid=valid, max_length=capacity, last_only=True)
 
 
+@functools.partial(jax.jit, static_argnames=("graphdef", "capacity"))
+def begin(graphdef: nnx.GraphDef, state: Any, tokens, valid, *, capacity: int):
+    """An encoder-decoder reads `[B, S]`: first logits `[B, V]` of its texts, and their cache."""
+    model = nnx.merge(graphdef, state)
+    return model.begin(tokens, valid, max_length=capacity)
+
+
 @functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("cache", "logits"))
 def prefill_more(graphdef: nnx.GraphDef, state: Any, tokens, valid, cache, logits):
     """A further chunk; rows without tokens in it keep their cache and their last logits."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,10 @@ from flax import nnx
 
 from common.data.tokenizers import Tokenizer
 from common.errors import UserError
-from common.generate.decode import READ_IN_PLACE, decode, prefill, prefill_more
+from common.generate.beam import BeamSearch, EarlyStopping, beam_search
+from common.generate.decode import READ_IN_PLACE, begin, decode, prefill, prefill_more
 from common.generate.sampling import Sampling
+from common.models import CausalLM, DecodeCache
 
 Prompt = str | Sequence[int]
 Stop = Sequence[int | str] | int | str | None
@@ -33,6 +35,20 @@ class Generation:
     logprobs: list[float]
 
 
+@runtime_checkable
+class EncoderDecoder(Protocol):
+    """A model that reads a prompt whole, and then writes a text of its own about it."""
+
+    encoder: Any  # With `vocab_size` and `max_length`.
+    decoder: CausalLM
+    tokenizer: Any
+    stop_tokens: tuple[int, ...]
+
+    def begin(
+        self, tokens: jax.Array, valid: jax.Array | None = None, *, max_length: int | None = None
+    ) -> tuple[jax.Array, DecodeCache]: ...
+
+
 def generate(
     model: Any,
     prompts: Sequence[Prompt],
@@ -47,14 +63,17 @@ def generate(
     add_bos: bool = True,
     max_prompt_tokens: int | None = None,
     prefill_chunk: int = 2048,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: EarlyStopping = False,
 ) -> list[Generation]:
-    """Continues every prompt.
+    """Continues every prompt; an encoder-decoder answers it.
 
     Each row is computed as if it were alone: padding never reaches a state. The same arguments give
     the same result; a row's random draws depend on its index and the seed alone.
 
     Args:
-      model: any `CausalLM`.
+      model: any `CausalLM` or `EncoderDecoder`.
       prompts: strings (need a tokenizer) or lists of token ids, of any mix of lengths.
       max_new_tokens: N, the most tokens a row may get.
       temperature, top_k, top_p: see `Sampling`; temperature 0 is greedy.
@@ -65,12 +84,18 @@ def generate(
       add_bos: put the beginning-of-sequence token in front of string prompts.
       max_prompt_tokens: refuse longer prompts. A model with a `max_length` refuses prompts that
         leave no room for `max_new_tokens` in any case.
-      prefill_chunk: most prompt tokens read in one call; bounds memory on long prompts.
+      prefill_chunk: most prompt tokens read in one call; bounds memory on long prompts. An encoder
+        reads a prompt in one call.
+      num_beams: above 1 searches for the likeliest text with so many hypotheses (`BeamSearch`).
+      length_penalty, early_stopping: see `BeamSearch`.
 
     Returns:
       One `Generation` a prompt, in order.
     """
     sampling = Sampling(temperature, top_k, top_p)
+    search = BeamSearch(num_beams, length_penalty, early_stopping)
+    if num_beams > 1 and temperature > 0.0:
+        raise UserError("beam search takes the likeliest tokens: leave temperature at 0")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     if prefill_chunk < 1:
@@ -80,26 +105,49 @@ def generate(
     if not prompts:
         return []
     tokenizer = tokenizer if tokenizer is not None else model.tokenizer
-    rows = [_encode(p, n, tokenizer, add_bos, model.vocab_size) for n, p in enumerate(prompts)]
-    _check_lengths(rows, max_new_tokens, max_prompt_tokens, model.max_length)
+    reader = model.encoder if isinstance(model, EncoderDecoder) else model
+    rows = [_encode(p, n, tokenizer, add_bos, reader.vocab_size) for n, p in enumerate(prompts)]
     stop_tokens, stop_strings = _split_stop(stop, model.stop_tokens)
     if stop_strings and tokenizer is None:
         raise UserError("stop strings need a tokenizer; pass token ids or load one")
 
     graphdef, state = nnx.split(model)
-    logits, cache = _prefill(graphdef, state, rows, max_new_tokens, prefill_chunk)
-    loop = decode(
-        graphdef,
-        state,
-        logits,
-        cache,
-        jax.random.key(seed),
-        jnp.asarray(sorted(stop_tokens) or [-1], jnp.int32),
-        sampling=sampling,
-        max_new_tokens=max_new_tokens,
-        in_place=_platform(logits) in READ_IN_PLACE,
-    )
-    tokens, logprobs, lengths = jax.device_get((loop.tokens, loop.logprobs, loop.lengths))
+    if isinstance(model, EncoderDecoder):
+        _check_lengths(rows, 0, max_prompt_tokens, reader.max_length)
+        _check_text_length(max_new_tokens, model.decoder.max_length)
+        logits, cache = _begin(graphdef, state, rows, max_new_tokens)
+        graphdef, state = nnx.split(model.decoder)
+    else:
+        _check_lengths(rows, max_new_tokens, max_prompt_tokens, reader.max_length)
+        logits, cache = _prefill(graphdef, state, rows, max_new_tokens, prefill_chunk)
+    in_place = _platform(logits) in READ_IN_PLACE
+    ends = jnp.asarray(sorted(stop_tokens) or [-1], jnp.int32)
+    if num_beams > 1:
+        found = beam_search(
+            graphdef,
+            state,
+            logits,
+            cache,
+            ends,
+            search=search,
+            max_new_tokens=max_new_tokens,
+            in_place=in_place,
+        )
+        best = jax.tree.map(lambda x: x[:, 0], (found.tokens, found.logprobs, found.lengths))
+    else:
+        loop = decode(
+            graphdef,
+            state,
+            logits,
+            cache,
+            jax.random.key(seed),
+            ends,
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+            in_place=in_place,
+        )
+        best = (loop.tokens, loop.logprobs, loop.lengths)
+    tokens, logprobs, lengths = jax.device_get(best)
     return [
         _finish(
             tokens[r, :n].tolist(), logprobs[r, :n].tolist(), tokenizer, stop_tokens, stop_strings
@@ -147,6 +195,13 @@ def _check_lengths(
         )
 
 
+def _check_text_length(new: int, max_length: int | None) -> None:
+    if max_length is not None and new + 1 > max_length:
+        raise UserError(
+            f"{new} tokens are to come behind the first, more than the model's {max_length}"
+        )
+
+
 def _split_stop(stop: Stop, default: Sequence[int]) -> tuple[set[int], list[str]]:
     if stop is None:
         return set(default), []
@@ -156,15 +211,27 @@ def _split_stop(stop: Stop, default: Sequence[int]) -> tuple[set[int], list[str]
     ]
 
 
+def _padded(rows: list[list[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows, padded on the right: tokens and where they are real, `[B, length]`."""
+    tokens = np.zeros((len(rows), length), np.int32)
+    valid = np.zeros((len(rows), length), bool)
+    for r, row in enumerate(rows):
+        tokens[r, : len(row)] = row
+        valid[r, : len(row)] = True
+    return tokens, valid
+
+
+def _begin(graphdef, state, rows: list[list[int]], new: int):
+    """An encoder reads the prompts, padded to a power of two so that few lengths are compiled."""
+    tokens, valid = _padded(rows, _next_power_of_two(max(len(row) for row in rows)))
+    return begin(graphdef, state, tokens, valid, capacity=_next_power_of_two(new + 1))
+
+
 def _prefill(graphdef, state, rows: list[list[int]], new: int, chunk: int):
     """Reads the prompts, right-padded to a power of two so that few lengths are ever compiled."""
     longest = max(len(row) for row in rows)
     padded = min(_next_power_of_two(longest), -(-longest // chunk) * chunk)
-    tokens = np.zeros((len(rows), padded), np.int32)
-    valid = np.zeros((len(rows), padded), bool)
-    for r, row in enumerate(rows):
-        tokens[r, : len(row)] = row
-        valid[r, : len(row)] = True
+    tokens, valid = _padded(rows, padded)
     capacity = _next_power_of_two(longest + new)
     logits, cache = prefill(graphdef, state, tokens[:, :chunk], valid[:, :chunk], capacity=capacity)
     for start in range(chunk, padded, chunk):

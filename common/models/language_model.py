@@ -61,6 +61,29 @@ class DecodeCache:
             self, units=None, rest=(*itertools.chain(*units), *(self.rest or ()))
         )
 
+    def take_rows(self, rows: jax.Array) -> "DecodeCache":
+        """The cache whose row r is this one's row `rows[r]`.
+
+        A state with a `take_rows(rows, axis)` of its own says itself what that means for it.
+        """
+
+        def own(state: Any) -> bool:
+            return hasattr(state, "take_rows")
+
+        def taken(axis: int, states: Any) -> Any:
+            return jax.tree.map(
+                lambda x: x.take_rows(rows, axis) if own(x) else jnp.take(x, rows, axis=axis),
+                states,
+                is_leaf=own,
+            )
+
+        return DecodeCache(
+            cached=jnp.take(self.cached, rows),
+            first=jnp.take(self.first, rows),
+            units=taken(1, self.units),
+            rest=taken(0, self.rest),
+        )
+
     def stacked_as(self, like: "DecodeCache") -> "DecodeCache":
         """Undoes `unrolled`: the same states in the arrangement of `like`."""
         if like.units is None:
@@ -108,11 +131,11 @@ class Unit(nnx.Module):
         self.blocks = nnx.List(blocks)
 
     def __call__(
-        self, x: jax.Array, layout: TokenLayout, states: Sequence[Any]
+        self, x: jax.Array, layout: TokenLayout, states: Sequence[Any], *context: Any
     ) -> tuple[jax.Array, tuple[Any, ...]]:
         new_states = []
         for block, state in zip(self.blocks, states, strict=True):
-            x, state = block(x, layout, state)
+            x, state = block(x, layout, state, *context)
             x = shard(x, "batch", "seq", None)
             new_states.append(state)
         return x, tuple(new_states)
@@ -208,7 +231,7 @@ class LanguageModel(nnx.Module):
         segment_ids: jax.Array | None = None,
     ) -> jax.Array:
         """`[B, L] -> [B, L, D]`: the normalised features that the head reads."""
-        x, _ = self._run(tokens, sequence_layout(tokens, positions, segment_ids), None)
+        x, _ = self.run(tokens, sequence_layout(tokens, positions, segment_ids))
         return x
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -314,7 +337,7 @@ class LanguageModel(nnx.Module):
             if positions is not None:
                 positions = _rotate(jnp.broadcast_to(positions, tokens.shape), shift)
         layout = chunk_layout(tokens, cache.cached, cache.first, positions, lengths, fresh=fresh)
-        x, (units, rest) = self._run(tokens, layout, cache)
+        x, (units, rest) = self.run(tokens, layout, cache)
         cached, first = end_of_chunk(layout)
         new_cache = DecodeCache(cached, first, units, rest)
         if last_only:
@@ -325,10 +348,17 @@ class LanguageModel(nnx.Module):
             x = _rotate(x, -shift)
         return self.logits(x), new_cache
 
-    def _run(
-        self, tokens: jax.Array, layout: TokenLayout, cache: DecodeCache | None
+    def run(
+        self,
+        tokens: jax.Array,
+        layout: TokenLayout,
+        cache: DecodeCache | None = None,
+        *context: Any,
     ) -> tuple[jax.Array, tuple[Any, Any]]:
-        """Embeds, applies every block and the final norm; also the blocks' new states."""
+        """Embeds, applies every block and the final norm; also the blocks' new states.
+
+        Every block is given `context` besides, the same for all.
+        """
         x = shard(self.embed.encode(tokens), "batch", "seq", None)
         units = rest = None
         if self.units is not None:
@@ -336,13 +366,13 @@ class LanguageModel(nnx.Module):
 
             def body(x, unit_and_states):
                 unit, states = unit_and_states
-                return unit(x, layout, states)
+                return unit(x, layout, states, *context)
 
             states = none if cache is None else cache.units
             x, units = jax.lax.scan(remat(body, self.remat_policy), x, (self.units, states))
         if self.rest is not None:
             states = (None,) * len(self.rest.blocks) if cache is None else cache.rest
-            tail = remat(lambda x, rest: rest(x, layout, states), self.remat_policy)
+            tail = remat(lambda x, rest: rest(x, layout, states, *context), self.remat_policy)
             x, rest = tail(x, self.rest)
         return self.final_norm(x), (units, rest)
 

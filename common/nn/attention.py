@@ -178,7 +178,7 @@ class Attention(nnx.Module):
 
         out = per_shard(
             local,
-            (*self._grouped(q, k, v), query_segments, key_segments),
+            (*grouped_heads(q, k, v), query_segments, key_segments),
             (QUERIES, KEYS, KEYS, QUERIES[:2], KEYS[:2]),
             QUERIES,
             sequence="seq",
@@ -209,25 +209,11 @@ class Attention(nnx.Module):
         keys, values = state.keys.astype(self.dtype), state.values.astype(self.dtype)
         out = per_shard(
             local,
-            (*self._grouped(q, keys, values, k, v), cached, starts),
+            (*grouped_heads(q, keys, values, k, v), cached, starts),
             (query, KEYS, KEYS, KEYS, KEYS, row, row),
             query,
         )
         return out.reshape(q.shape)
-
-    def _grouped(self, q: jax.Array, *keys: jax.Array) -> tuple[jax.Array, ...]:
-        """`q [B, T, N, h]` -> `[B, T, K, N / K, h]`, and arrays `[B, S, K, h]` to lie with it.
-
-        Where a mesh cuts the queries' heads finer than there are key heads, K counts copies too,
-        one for each device that needs it: no device then holds more than it works on.
-        """
-        parts = ways("kv_heads")
-        copies = parts // math.gcd(parts, self.num_kv_heads)
-        if self.num_heads // self.num_kv_heads % copies:
-            copies = 1
-        heads = self.num_kv_heads * copies
-        repeated = [jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in keys]
-        return q.reshape(*q.shape[:2], heads, -1, self.head_dim), *repeated
 
     def _attend_chunk(self, q, k, v, layout: TokenLayout, state: AttentionState) -> jax.Array:
         """A chunk of queries against the ring, unrolled oldest first, and the chunk itself."""
@@ -241,6 +227,21 @@ class Attention(nnx.Module):
         keys = jnp.concatenate([old_k.astype(k.dtype), k], axis=1)
         values = jnp.concatenate([old_v.astype(v.dtype), v], axis=1)
         return self._attend(q, keys, values, segments, jnp.concatenate([owner, segments], axis=1))
+
+
+def grouped_heads(q: jax.Array, *keys: jax.Array) -> tuple[jax.Array, ...]:
+    """`q [B, T, N, h]` -> `[B, T, K, N / K, h]`, and arrays `[B, S, K, h]` to lie with it.
+
+    Where a mesh cuts the queries' heads finer than there are key heads, K counts copies too,
+    one for each device that needs it: no device then holds more than it works on.
+    """
+    kv_heads = keys[0].shape[2]
+    parts = ways("kv_heads")
+    copies = parts // math.gcd(parts, kv_heads)
+    if q.shape[2] // kv_heads % copies:
+        copies = 1
+    repeated = [jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in keys]
+    return q.reshape(*q.shape[:2], kv_heads * copies, -1, q.shape[-1]), *repeated
 
 
 def _bounds(causal: bool, window: int | tuple[int, int] | None) -> tuple[int | None, int | None]:

@@ -12,6 +12,7 @@ from common.checkpoint.transforms import (
     PLUS_ONE,
     TRANSPOSE,
     Concat,
+    FirstRows,
     Reshape,
     Stack,
     Transpose,
@@ -82,6 +83,17 @@ def test_the_known_layouts():
     assert both[1].min() == 1
 
 
+def test_first_rows():
+    stored = np.arange(12.0).reshape(6, 2)
+    first = FirstRows(6)
+    assert first.source_shapes((4, 2), 1) == [(6, 2)]
+    np.testing.assert_array_equal(first.forward([stored], (4, 2)), stored[:4])
+    [(_, part)] = first.reads((slice(1, 3, 1), slice(0, 2, 1)), (4, 2), 1)
+    np.testing.assert_array_equal(first.forward([stored[part]], (2, 2)), stored[1:3])
+    (back,) = first.inverse(stored[:4], 1)
+    np.testing.assert_array_equal(back, [*stored[:4], [0, 0], [0, 0]])
+
+
 def test_norm_plus_one_keeps_bfloat16_bits():
     stored = np.random.default_rng(0).normal(size=1000).astype(ml_dtypes.bfloat16)
     kept = PLUS_ONE.forward([stored], (1000,)).astype(np.float32)
@@ -103,6 +115,7 @@ def test_norm_plus_one_keeps_bfloat16_bits():
         (Reshape((4,)), (3,), 1),
         (Transpose((1, 0)), (3,), 1),
         (DEPTHWISE_CONV, (3,), 1),
+        (FirstRows(4), (5, 2), 1),
         (chain(TRANSPOSE, DEPTHWISE_CONV), (3,), 1),
     ],
 )
