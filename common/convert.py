@@ -18,6 +18,8 @@ from common.launch import Run, launch
 
 FORMATS = ("huggingface", "workspace")
 DTYPES = ("float32", "bfloat16")
+# Models that belong to no paper, by the name that --package knows them under.
+SHARED = {"decoder": "common.models.decoder_checkpoint"}
 EXAMPLES = (
     "python -m common.convert --package=recurrentgemma --from=recurrentgemma-2b-it "
     "--to=checkpoints/2b-it --format=workspace",
@@ -25,10 +27,17 @@ EXAMPLES = (
     "--to=exported --format=huggingface",
     "python -m common.convert --package=recurrentgemma --from=checkpoints/2b-it "
     "--to=exported --format=huggingface --dtype=bfloat16",
+    "python -m common.convert --package=decoder --from=SmolLM2-135M --to=checkpoints/smollm2 "
+    "--format=workspace",
 )
 
 OPTIONS = flags.FlagValues()
-PACKAGE = flags.DEFINE_string("package", None, "the package of the model", flag_values=OPTIONS)
+PACKAGE = flags.DEFINE_string(
+    "package",
+    None,
+    "the package of the model; decoder for Gemma 2 and 3, Llama, Mistral, Qwen 2 and 3",
+    flag_values=OPTIONS,
+)
 FROM = flags.DEFINE_string("from", None, "the checkpoint to read", flag_values=OPTIONS)
 TO = flags.DEFINE_string("to", None, "the folder to write, new or empty", flag_values=OPTIONS)
 FORMAT = flags.DEFINE_enum("format", None, FORMATS, "the format to write", flag_values=OPTIONS)
@@ -87,6 +96,9 @@ def _package(name: str) -> ConvertiblePackage:
     """Imports the package `name` and checks that it can convert."""
     root = Path(common.__file__).parent.parent
     packages = sorted(p.parent.name for p in root.glob("*/__init__.py") if p.parent.name != "tests")
+    packages += SHARED
+    if name in SHARED:
+        return importlib.import_module(SHARED[name])
     if not all(part.isidentifier() for part in name.split(".")):
         raise UserError(f"--package={name}: not a package{nearest(name, packages)}")
     try:

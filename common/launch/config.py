@@ -14,8 +14,8 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, TypeVar
 
+from common import values
 from common.errors import UserError, nearest
-from common.launch import values
 
 C = TypeVar("C")
 Presets = Mapping[str, Callable[[], Any]]

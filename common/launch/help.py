@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from absl import flags as absl_flags
 
+from common import values
 from common.launch import config as configs
-from common.launch import values
 
 WIDTH = 100
 
