@@ -1,12 +1,13 @@
 """The objectives as Tasks: the loss of packed rows, distillation, what trains."""
 
+import dataclasses
+
 import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from stand_in import StandIn
 
 from common.checkpoint.store import load_params
 from common.data.pipeline import batches
@@ -21,8 +22,10 @@ from common.sharding import (
     use_mesh,
 )
 from common.train import ModelParts, OptimizerConfig, TrainConfig, Trainer
+from t5gemma.config import T5GemmaConfig
 from t5gemma.distillation import teacher_layout
 from t5gemma.examples import CorpusExamples
+from t5gemma.model import T5Gemma
 from t5gemma.objective import Distillation, TargetTokens, decoder_hidden
 from t5gemma.packing import PackedExamples, pack_row
 from t5gemma.prefix_lm import PrefixLM
@@ -40,8 +43,12 @@ TEACHER = DecoderConfig(
 )
 
 
-def build(rngs: nnx.Rngs) -> StandIn:
-    return StandIn(VOCAB, rngs=rngs)
+STACK = dataclasses.replace(TEACHER, width=8, mlp_width=16, head_dim=4, num_layers=1)
+CONFIG = T5GemmaConfig(STACK, STACK)
+
+
+def build(rngs: nnx.Rngs) -> T5Gemma:
+    return T5Gemma(CONFIG, rngs=rngs)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +85,11 @@ def built(task: TargetTokens) -> nnx.Module:
     return model
 
 
+def value(task, batch):
+    model = built(task)
+    return jax.device_get(jax.jit(lambda batch: task.loss(model, batch, jax.random.key(0)))(batch))
+
+
 def value_and_grads(task, batch):
     graphdef, params, rest = nnx.split(built(task), nnx.Param, ...)
 
@@ -109,8 +121,8 @@ def alone(examples, rows):
 @pytest.mark.parametrize("loss_chunk", [None, 4])
 def test_a_packed_rows_loss_is_the_sum_of_its_examples(examples, rows, batch, loss_chunk):
     task = TargetTokens(build, loss_chunk=loss_chunk)
-    packed, _ = value_and_grads(task, batch)
-    single, _ = value_and_grads(task, alone(examples, rows))
+    packed = value(task, batch)
+    single = value(task, alone(examples, rows))
     assert packed.weight == single.weight
     assert packed.total == pytest.approx(single.total, rel=1e-5)
 
@@ -159,7 +171,7 @@ def expected_distillation(examples, rows, teacher, top_k):
 @pytest.mark.parametrize("loss_chunk", [None, 4])
 def test_distillation_is_the_papers_sum(examples, rows, batch, teacher, top_k, loss_chunk):
     task = Distillation(build, teacher, top_k=top_k, loss_chunk=loss_chunk)
-    loss, _ = value_and_grads(task, batch)
+    loss = value(task, batch)
     expected = expected_distillation(examples, rows, teacher, top_k)
     assert loss.total == pytest.approx(expected, rel=1e-5)
     assert loss.metrics["distillation"] == loss.total
@@ -169,14 +181,14 @@ def test_chunks_and_all_tokens_change_nothing(batch, teacher):
     """Gradients too, of the mixed loss."""
     options = {"ground_truth": 0.25}
     expected = value_and_grads(Distillation(build, teacher, **options), batch)
-    for other in ({"loss_chunk": 4}, {"top_k": VOCAB}, {"loss_chunk": 8, "top_k": VOCAB}):
+    for other in ({"loss_chunk": 4}, {"loss_chunk": 8, "top_k": VOCAB}):
         found = value_and_grads(Distillation(build, teacher, **options, **other), batch)
         close(found[0], expected[0])
         close(found[1], expected[1], atol=1e-4)
     loss = expected[0]
     parts = 0.75 * loss.metrics["distillation"] + 0.25 * loss.metrics["nll"]
     assert loss.total == pytest.approx(parts, rel=1e-6)
-    plain, _ = value_and_grads(TargetTokens(build), batch)
+    plain = value(TargetTokens(build), batch)
     assert loss.metrics["nll"] == pytest.approx(plain.total, rel=1e-5)
 
 
@@ -210,11 +222,12 @@ def test_chunks_keep_the_logits_from_existing_at_once(batch, teacher, top_k):
 
 
 def test_a_teacher_may_know_fewer_tokens(batch, teacher):
-    task = Distillation(lambda rngs: StandIn(VOCAB + 8, rngs=rngs), teacher)
+    larger = CONFIG.with_stacks(vocab_size=VOCAB + 8)
+    task = Distillation(lambda rngs: T5Gemma(larger, rngs=rngs), teacher)
     loss, grads = value_and_grads(task, batch)
     assert np.isfinite(loss.total)
     # Tokens that the teacher does not have are pushed down.
-    assert np.abs(grads["tables"][1]["table"][VOCAB:]).max() > 0
+    assert np.abs(grads["decoder"]["embed"]["table"][VOCAB:]).max() > 0
 
 
 def test_evaluation_scores_the_true_tokens(batch, teacher):
@@ -229,8 +242,8 @@ def test_evaluation_scores_the_true_tokens(batch, teacher):
 def test_tables_do_not_decay():
     task = TargetTokens(build)
     state = nnx.state(build(nnx.Rngs(0)))
-    decaying = {path[0] for path, v in nnx.to_flat_state(state) if task.decays(path, v)}
-    assert decaying == {"mixers"}
+    kept = {path[-1] for path, v in nnx.to_flat_state(state) if not task.decays(path, v)}
+    assert kept == {"table", "scale"}
 
 
 def test_flops_count_the_teacher_once(batch, teacher):
@@ -294,6 +307,6 @@ def test_eight_devices_equal_one(batch, teacher):
 
     with use_mesh(mesh), jax.default_matmul_precision("highest"):
         rows = jax.device_put(batch, batch_sharding(mesh))
-        value, grads = jax.jit(jax.value_and_grad(total))(*placed, rows)
-    assert float(value) == pytest.approx(float(expected[0].total), rel=1e-5)
+        found, grads = jax.jit(jax.value_and_grad(total))(*placed, rows)
+    assert float(found) == pytest.approx(float(expected[0].total), rel=1e-5)
     close(jax.device_get(grads), expected[1], atol=1e-4)
