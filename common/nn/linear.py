@@ -88,6 +88,45 @@ def _tied_backward(dtype, operands, g):
 tied_product.defvjp(_tied_forward, _tied_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def block_product(x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """`x [..., H, m]`, `w [H, m, n]` -> `[..., H, n]` fp32, block by block; else as `product`.
+
+    Block-major operands are the form of batched product that every backend runs at full speed. Axes
+    before the blocks stay as they are: merged, they would be gathered where a mesh divides two.
+    """
+    y = _per_block(_block_major(x, dtype), w.astype(dtype), 1)
+    return jnp.moveaxis(y, 0, -2)
+
+
+def _block_forward(x, w, dtype):
+    return block_product(x, w, dtype), (x, w)
+
+
+def _block_backward(dtype, operands, g):
+    x, w = operands
+    g = _block_major(g, dtype)
+    dx = jnp.moveaxis(_per_block(g, w.astype(dtype), 2), 0, -2)
+    tokens = tuple(range(1, x.ndim - 1))
+    dimensions = ((tokens, tokens), ((0,), (0,)))
+    dw = jax.lax.dot_general(
+        _block_major(x, dtype), g, dimensions, preferred_element_type=jnp.float32
+    )
+    return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+block_product.defvjp(_block_forward, _block_backward)
+
+
+def _block_major(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    return jnp.moveaxis(x.astype(dtype), -2, 0)
+
+
+def _per_block(x: jax.Array, w: jax.Array, contracted: int) -> jax.Array:
+    dimensions = (((x.ndim - 1,), (contracted,)), ((0,), (0,)))
+    return jax.lax.dot_general(x, w, dimensions, preferred_element_type=jnp.float32)
+
+
 class Linear(nnx.Module):
     """`y = x W + b` with `kernel [in, out]`, optional `bias [out]`, computed in `dtype`."""
 
@@ -139,14 +178,6 @@ class BlockDiagonalLinear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., E] -> [..., E]`, returned in fp32 for the gates that follow."""
-        blocks = x.reshape(-1, self.num_blocks, x.shape[-1] // self.num_blocks)
-        # Block-major operands: the form of batched product that every backend runs at full speed,
-        # and the only one that XLA's CPU backend has for bf16 operands with an fp32 sum.
-        y = jax.lax.dot_general(
-            jnp.swapaxes(blocks, 0, 1).astype(self.dtype),  # [H, N, E/H]
-            self.w[...].astype(self.dtype),
-            (((2,), (1,)), ((0,), (0,))),
-            preferred_element_type=jnp.float32,
-        )
-        y = jnp.swapaxes(y, 0, 1) + self.b[...].astype(jnp.float32)
+        blocks = x.reshape(*x.shape[:-1], self.num_blocks, x.shape[-1] // self.num_blocks)
+        y = block_product(blocks, self.w[...], self.dtype) + self.b[...].astype(jnp.float32)
         return y.reshape(x.shape)

@@ -23,9 +23,16 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
 def test_a_training_step_as_json(capsys):
     code, out, _ = run(capsys, *SMOKE, "--program=train", "--json")
     assert code == 0
-    text = json.dumps(json.loads(out))
-    assert "all-reduce" in text, "gradients of eight devices are summed"
-    assert "NaN" not in text
+    report = json.loads(out)
+    assert "NaN" not in out
+    assert (report["package"], report["config"]) == ("recurrentgemma", "smoke")
+    assert (report["topology"], report["devices"]) == ("cpu:8", 8)
+    train = report["programs"]["train"]
+    memory = train["memory"]
+    assert 0 < memory["holds"]["parameters"] < memory["holds"]["optimizer"] < memory["peak"]
+    assert train["flops"] > 0
+    assert train["traffic"] > memory["holds"]["parameters"]
+    assert "all-reduce" in {c["kind"] for c in train["collectives"]}, "gradients are summed"
 
 
 @pytest.mark.parametrize(
