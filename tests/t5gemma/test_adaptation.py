@@ -205,7 +205,7 @@ def test_donors_that_do_not_fit(arguments, options, message):
 
 
 def test_only_decoders_are_donors():
-    with pytest.raises(UserError, match="must be a decoder of common.models"):
+    with pytest.raises(UserError, match=r"must be a decoder of common\.models"):
         t5gemma.adapt(t5gemma.adapt(donor(FAMILIES["llama"])))
 
 
