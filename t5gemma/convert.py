@@ -27,6 +27,9 @@ from t5gemma.config import EncoderWindow, T5GemmaConfig
 
 HEAD = "lm_head.out_proj.weight"
 TABLE = "model.decoder.embed_tokens.weight"
+# Files may state any number; these are far beyond every model and still cheap to describe.
+MOST_LAYERS = 10_000
+LARGEST = 100_000_000
 # Rows of the table that are compared at a time with those of a head that should be the same.
 _COMPARED = 16_384
 _REACHES: Mapping[str, Reach] = {"sliding_attention": "local", "full_attention": "global"}
@@ -168,9 +171,7 @@ def flax_rows(config: T5GemmaConfig, reader: TensorReader) -> list[Row]:
     return rows
 
 
-def config_from_huggingface(
-    data: Mapping[str, Any], where: str, encoder_window: EncoderWindow | None = None
-) -> T5GemmaConfig:
+def config_from_huggingface(data: Mapping[str, Any], where: str) -> T5GemmaConfig:
     """The shape that a `config.json` states. Everything in it is checked: it is somebody's file."""
     if data.get("model_type") != "t5gemma":
         raise UserError(f"{where} describes a {data.get('model_type')!r} model, not a t5gemma")
@@ -183,7 +184,7 @@ def config_from_huggingface(
     tied = data.get("tie_word_embeddings", True)
     if not isinstance(tied, bool):
         raise UserError(f"{where}: 'tie_word_embeddings' should be true or false, not {tied!r}")
-    window = encoder_window or data.get(_WINDOW_KEY) or "published"
+    window: EncoderWindow = data.get(_WINDOW_KEY, "published")
 
     def token(name: str, default: int) -> int:
         value = sides["decoder"].get(name)
@@ -206,7 +207,7 @@ def _stack_from_huggingface(data: Mapping[str, Any], where: str, tied: bool) -> 
         value = source.get(name)
         value = default if value is None else value
         allowed = (int, float) if kind is float else (int,)
-        if not isinstance(value, allowed) or isinstance(value, bool) or value <= 0:
+        if not isinstance(value, allowed) or isinstance(value, bool) or not 0 < value <= LARGEST:
             raise UserError(f"{where}: '{name}' should be a positive number, not {value!r}")
         return kind(value)
 
@@ -222,6 +223,8 @@ def _stack_from_huggingface(data: Mapping[str, Any], where: str, tied: bool) -> 
     if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
         raise UserError(f"{where}: only default rope is supported, not {rope!r}")
     layers, heads = number("num_hidden_layers"), number("num_attention_heads")
+    if layers > MOST_LAYERS:
+        raise UserError(f"{where}: {layers} layers are not believed")
     types = data.get("layer_types")
     if types is None:
         types = ["sliding_attention", "full_attention"] * ((layers + 1) // 2)
