@@ -24,7 +24,9 @@ USABLE = {"tpu": 1.0, "cuda": 0.92, "cpu": 1.0}
 # What JAX takes of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 PREALLOCATED = 0.75
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_REFUSED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+# A TPU's compiler gives up with the sum, or earlier with what comes beside the arguments alone.
+_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm")
+_TEMPORARIES = re.compile(r"for HLO temporaries \(([\d.]+)([KMGT]?)\)")
 _REPLICATED = "Involuntary full rematerialization"
 
 
@@ -179,7 +181,7 @@ def _compiled(
             return compile_lowered(where, lowered, quick=quick), said()
         except jax.errors.JaxRuntimeError as error:
             text = " ".join(str(error).split())
-            if not _REFUSED.search(text):
+            if not text.startswith("RESOURCE_EXHAUSTED"):
                 raise
             return text, said()
 
@@ -191,9 +193,8 @@ def _memory(
     holds = {name: size for name, size in holds.items() if size}
     capacity = capacity_of(where)
     if compiled is None:
-        match = _REFUSED.search(refusal or "")
-        peak = float(match[1]) * _UNITS[match[2]] if match else None
-        return Memory(holds, None, None, None, None, None, peak, capacity)
+        temporary, peak = refused(refusal or "", sum(holds.values()))
+        return Memory(holds, None, None, None, temporary, None, peak, capacity)
     m = compiled.memory_analysis()
     arguments, outputs = m.argument_size_in_bytes, m.output_size_in_bytes
     aliased, temporary = m.alias_size_in_bytes, m.temp_size_in_bytes
@@ -201,6 +202,22 @@ def _memory(
     # The compiler's own peak leaves gaps between buffers out; what is allocated is this.
     peak = arguments + outputs - aliased + temporary + code
     return Memory(holds, arguments, outputs, aliased, temporary, code, peak, capacity)
+
+
+def refused(text: str, arguments: float) -> tuple[float | None, float | None]:
+    """Returns the temporary and all bytes that a refusal speaks of, None where it does not.
+
+    Args:
+      text: the compiler's words.
+      arguments: bytes of the program's arguments.
+    """
+    used, temporaries = _USED.search(text), _TEMPORARIES.search(text)
+    if used:
+        return None, float(used[1]) * _UNITS[used[2]]
+    if temporaries:
+        size = float(temporaries[1]) * _UNITS[temporaries[2]]
+        return size, arguments + size
+    return None, None
 
 
 def per_device(tree: Any) -> float:

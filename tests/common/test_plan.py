@@ -5,6 +5,7 @@ import json
 import pytest
 
 from common.plan import __main__ as command
+from common.plan.measure import refused
 
 SMOKE = ["--package=recurrentgemma", "--config=smoke", "--topology=cpu:8"]
 
@@ -53,3 +54,20 @@ def test_mistakes_are_one_line(capsys, arguments, message):
     lines = [line for line in err.splitlines() if " INFO " not in line]
     assert (code, out, len(lines)) == (2, "", 1)
     assert message in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "temporary", "peak"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory. Used 17.25G of 15.75G hbm.", None, 17.25 * 2**30),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (16.50G) exceeds available HBM (15.75G).",
+            16.5 * 2**30,
+            17.5 * 2**30,
+        ),
+        ("RESOURCE_EXHAUSTED: no room in scalar memory", None, None),
+    ],
+)
+def test_what_a_refusal_says_of_memory(text, temporary, peak):
+    assert refused(text, 2**30) == (temporary, peak)
