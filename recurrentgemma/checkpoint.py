@@ -227,10 +227,7 @@ def _attach_tokenizer(model: Griffin, tokenizer: Tokenizer) -> None:
             "they do not belong together"
         )
     model.tokenizer = tokenizer
-    # Instruction-tuned models end their turn with a token of its own.
-    turn = tokenizer.encode("<end_of_turn>")
-    ends = (tokenizer.eos_id, *turn) if len(turn) == 1 else (tokenizer.eos_id,)
-    model.stop_tokens = tuple(sorted({*model.stop_tokens, *ends}))
+    model.stop_tokens = tuple(sorted({*model.stop_tokens, *tokenizer.stop_tokens}))
 
 
 def _stop_tokens(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:

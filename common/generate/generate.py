@@ -81,7 +81,7 @@ def generate(
       stop: tokens or strings that end a row; None takes the model's `stop_tokens`. A stop string is
         looked for in the decoded text, across token borders.
       tokenizer: default the model's own (`model.tokenizer`).
-      add_bos: put the beginning-of-sequence token in front of string prompts.
+      add_bos: put the beginning-of-sequence token in front of string prompts, if there is one.
       max_prompt_tokens: refuse longer prompts. A model with a `max_length` refuses prompts that
         leave no room for `max_new_tokens` in any case.
       prefill_chunk: most prompt tokens read in one call; bounds memory on long prompts. An encoder
@@ -165,7 +165,8 @@ def _encode(
                 "a text prompt needs a tokenizer, and this model came without one; "
                 "pass token ids or tokenizer=…"
             )
-        ids = ([tokenizer.bos_id] if add_bos else []) + list(tokenizer.encode(prompt))
+        begins = add_bos and tokenizer.bos_id >= 0
+        ids = ([tokenizer.bos_id] if begins else []) + list(tokenizer.encode(prompt))
     else:
         ids = [int(token) for token in prompt]
     if not ids:

@@ -16,8 +16,6 @@ from common.errors import UserError
 from common.sharding import DEFAULT_RULES, Rules, state_shardings
 
 MAX_JSON_BYTES = 10_000_000
-# With which instruction-tuned models end their turn: Gemma's, Llama 3's, ChatML's.
-TURN_ENDS = ("<end_of_turn>", "<|eot_id|>", "<|im_end|>")
 
 M = TypeVar("M", bound=nnx.Module)
 Build = Callable[[], M]
@@ -128,11 +126,7 @@ def attach_tokenizer(model: Any, tokenizer: Tokenizer) -> None:
             "they do not belong together"
         )
     model.tokenizer = tokenizer
-    ends = {*model.stop_tokens, tokenizer.eos_id}
-    for text in TURN_ENDS:
-        turn = tokenizer.encode(text)
-        ends.update(turn if len(turn) == 1 else ())
-    model.stop_tokens = tuple(sorted(end for end in ends if end >= 0))
+    model.stop_tokens = tuple(sorted({*model.stop_tokens, *tokenizer.stop_tokens}))
 
 
 def require_new(path: Path) -> None:
