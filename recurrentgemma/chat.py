@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Literal
 
+from common.data.tokenizers import Special, Tokenizer, encode_parts
 from common.errors import UserError
 
-START, END = "<start_of_turn>", "<end_of_turn>"
+START, END = Special("<start_of_turn>"), Special("<end_of_turn>")
 Turn = tuple[Literal["user", "model"], str]
 
 
@@ -16,6 +17,19 @@ def chat_prompt(turns: str | Sequence[Turn]) -> str:
       turns: the user's message, or the conversation so far as ("user" | "model", text) pairs that
         alternate and end with the user's.
     """
+    return "".join(_parts(turns))
+
+
+def chat_tokens(turns: str | Sequence[Turn], tokenizer: Tokenizer) -> list[int]:
+    """`chat_prompt` as tokens after the beginning of a text.
+
+    The turns' borders are tokens of their own, and what stands between them is text alone: a
+    message cannot end its turn by spelling the token that would.
+    """
+    return [tokenizer.bos_id, *encode_parts(tokenizer, _parts(turns))]
+
+
+def _parts(turns: str | Sequence[Turn]) -> list[str | Special]:
     if isinstance(turns, str):
         turns = [("user", turns)]
     for n, (who, _) in enumerate(turns):
@@ -23,5 +37,5 @@ def chat_prompt(turns: str | Sequence[Turn]) -> str:
             raise UserError("the turns of a conversation alternate between 'user' and 'model'")
     if len(turns) % 2 == 0:
         raise UserError("a conversation to be continued ends with a turn of the user")
-    said = "".join(f"{START}{who}\n{text}{END}\n" for who, text in turns)
-    return f"{said}{START}model\n"
+    said = [part for who, text in turns for part in (START, f"{who}\n{text}", END, "\n")]
+    return [*said, START, "model\n"]

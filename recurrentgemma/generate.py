@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.generate import generate
 from common.launch import Run, launch
 from common.launch.workdir import write_atomically
-from recurrentgemma.chat import chat_prompt
+from recurrentgemma.chat import chat_tokens
 from recurrentgemma.checkpoint import load
 
 EXAMPLES = [
@@ -63,7 +63,7 @@ def _main(run: Run) -> None:
         raise UserError(
             f"there is no tokenizer.model beside {CHECKPOINT.value}: name one with --tokenizer"
         )
-    texts = [chat_prompt(prompt) if CHAT.value else prompt for prompt in prompts]
+    texts = [chat_tokens(p, model.tokenizer) if CHAT.value else p for p in prompts]
     start = time.perf_counter()
     # The flags of the sampler keep the model's stop tokens beside the texts.
     results = generate(

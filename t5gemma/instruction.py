@@ -8,13 +8,12 @@ from typing import Literal
 import grain
 import numpy as np
 
-from common.data.tokenizers import Tokenizer
+from common.data.tokenizers import Special, Tokenizer, encode_parts
 from common.errors import UserError
 from t5gemma.examples import Example
 from t5gemma.json_lines import Record, read_json_lines
 
-TURN = "<start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n"
-END_OF_TURN = "<end_of_turn>"
+START_OF_TURN, END_OF_TURN = Special("<start_of_turn>"), Special("<end_of_turn>")
 _BATCH = 1000
 
 
@@ -83,25 +82,28 @@ class Instruction(grain.transforms.Map):
         if tokenizer.eos_id < 0 or (encoder_bos and tokenizer.bos_id < 0):
             raise UserError("instruction tuning needs a tokenizer with bos and eos tokens")
         self._tokenizer = tokenizer
-        self._template = TURN if template == "gemma" else "{}"
         self._head = [tokenizer.bos_id] if encoder_bos else []
-        self._tail = [tokenizer.eos_id]
+        # What stands around a prompt; "user\n" as text, for it may share a token with the prompt.
+        self._opening, self._before = list[int](), ""
+        self._closing, self._tail = list[int](), [tokenizer.eos_id]
         if template == "gemma":
-            self._tail = tokenizer.encode(END_OF_TURN)
-            if len(self._tail) != 1:
-                raise UserError(f"this tokenizer has no {END_OF_TURN} token: use template none")
+            self._opening, self._before = encode_parts(tokenizer, [START_OF_TURN]), "user\n"
+            answer = (END_OF_TURN, "\n", START_OF_TURN, "model\n")
+            self._closing = encode_parts(tokenizer, answer)
+            self._tail = encode_parts(tokenizer, [END_OF_TURN])
 
     def map(self, element: Pair) -> Example:
         return self.of_all([element])[0]
 
     def of_all(self, pairs: Sequence[Pair]) -> list[Example]:
         """The examples of many pairs, tokenised together."""
-        # Filled in by hand: braces in a text are not to be formatted.
-        before, after = self._template.split("{}")
-        prompts = self._tokenizer.encode_batch([before + p.prompt + after for p in pairs])
+        prompts = self._tokenizer.encode_batch([self._before + p.prompt for p in pairs])
         responses = self._tokenizer.encode_batch([p.response for p in pairs])
         return [
-            Example(_ids(self._head + prompt), _ids(response + self._tail))
+            Example(
+                _ids(self._head + self._opening + prompt + self._closing),
+                _ids(response + self._tail),
+            )
             for prompt, response in zip(prompts, responses, strict=True)
         ]
 

@@ -5,9 +5,10 @@ Tokenizers made here have ids 0 to 3 for padding, end, beginning and unknown, as
 """
 
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -38,8 +39,10 @@ __all__ = [
     "ByteTokenizer",
     "HuggingFaceTokenizer",
     "SentencePieceTokenizer",
+    "Special",
     "Tokenizer",
     "check_vocabulary",
+    "encode_parts",
     "load_tokenizer",
 ]
 
@@ -218,6 +221,30 @@ def _folder_config(folder: Path) -> dict[str, Any]:
     if "chat_template" not in config and template.is_file():
         config["chat_template"] = _read(template).decode(errors="replace")
     return config
+
+
+class Special(str):
+    """The text of a special token where that token is meant; see `encode_parts`."""
+
+
+def encode_parts(tokenizer: Tokenizer, parts: Iterable[str | Special]) -> list[int]:
+    """Token ids of a text of which some parts are special tokens and the others anything.
+
+    What a user typed is a plain part: however it is spelt, it cannot end the user's turn.
+
+    Raises:
+        UserError: The tokenizer lacks one of the special tokens.
+    """
+    ids: list[int] = []
+    for special, run in itertools.groupby(parts, lambda part: isinstance(part, Special)):
+        if not special:
+            ids += tokenizer.encode("".join(run))  # Whole, for tokens across the parts' borders.
+            continue
+        for part in run:
+            if part not in tokenizer.special_tokens:
+                raise UserError(f"this tokenizer has no {part} token: use another template")
+            ids.append(tokenizer.special_tokens[part])
+    return ids
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, padding: int = 1024) -> None:
