@@ -29,6 +29,7 @@ class TargetTokens(Task):
       build: makes the encoder-decoder from its random streams.
       loss_chunk: positions of a row whose logits exist at a time; None for all.
       forward_flops: FLOPs of the forward pass as a function of B, S and T.
+      trains: whether the parameter at a path trains; None trains all.
     """
 
     def __init__(
@@ -37,8 +38,10 @@ class TargetTokens(Task):
         *,
         loss_chunk: int | None = None,
         forward_flops: ForwardFlops | None = None,
+        trains: Callable[[Path], bool] | None = None,
     ):
         self._build = build
+        self._trains = trains
         self._loss_chunk = loss_chunk
         self._forward_flops = forward_flops
 
@@ -50,6 +53,10 @@ class TargetTokens(Task):
         nll = model.nll(decoder_hidden(model, batch), batch["targets"], self._loss_chunk)
         weights = batch["weights"].astype(jnp.float32)
         return Loss(total=jnp.sum(nll * weights), weight=jnp.sum(weights))
+
+    def trainable(self, path: Path, variable: nnx.Variable) -> bool:
+        chosen = self._trains is None or self._trains(path)
+        return chosen and super().trainable(path, variable)
 
     def decays(self, path: Path, variable: nnx.Variable) -> bool:
         """Matrices but for the embedding tables, most rows of which a batch does not touch."""
@@ -77,7 +84,7 @@ class Distillation(TargetTokens):
       top_k: distil the teacher's k likeliest tokens, renormalised, which are found before the
         backward pass; None distils all of its distribution.
       ground_truth: share of the ordinary cross-entropy in the loss, from 0 to 1.
-      loss_chunk, forward_flops: see `TargetTokens`.
+      loss_chunk, forward_flops, trains: see `TargetTokens`.
       teacher_flops: FLOPs of the teacher's forward pass as a function of B and L.
     """
 
@@ -91,8 +98,9 @@ class Distillation(TargetTokens):
         loss_chunk: int | None = None,
         forward_flops: ForwardFlops | None = None,
         teacher_flops: Callable[[int, int], float] | None = None,
+        trains: Callable[[Path], bool] | None = None,
     ):
-        super().__init__(build, loss_chunk=loss_chunk, forward_flops=forward_flops)
+        super().__init__(build, loss_chunk=loss_chunk, forward_flops=forward_flops, trains=trains)
         if not 0.0 <= ground_truth <= 1.0:
             raise ValueError(f"ground_truth is a share from 0 to 1, not {ground_truth}")
         if top_k is not None and not 1 <= top_k <= teacher.vocab_size:

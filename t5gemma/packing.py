@@ -29,6 +29,10 @@ class PackedExamples(Rows):
       start_id: what the decoder reads first in every example.
       pad_id: fills rows.
 
+    Attributes:
+      examples: how many there are.
+      efficiency: share of the positions of either side that hold a token.
+
     Raises:
       UserError: an example does not fit a row.
     """
@@ -42,7 +46,7 @@ class PackedExamples(Rows):
         start_id: int,
         pad_id: int = 0,
     ):
-        self._examples = examples
+        self._examples, self.examples = examples, len(examples)
         self.encoder_length, self.decoder_length = encoder_length, decoder_length
         self._start_id, self._pad_id = start_id, pad_id
         encoder, decoder = examples.sizes()
