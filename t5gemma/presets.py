@@ -190,7 +190,7 @@ def public(name: str) -> Config:
             optimizer=OptimizerConfig(
                 learning_rate=5e-5 if large else 2e-4, warmup_steps=100, weight_decay=0.01
             ),
-            mesh=MeshConfig(data=1, fsdp=-1),
+            mesh=MeshConfig(data=1, fsdp=-1, most_fsdp=16),
         ),
         loss_chunk=512,
     )

@@ -12,6 +12,7 @@ from common.errors import UserError
 from common.generate.decode import READ_IN_PLACE, decode, prefill
 from common.generate.sampling import Sampling
 from common.models import LanguageModel
+from common.models.language_model import DecodeCache
 from common.sharding import DEFAULT_RULES, Rules, partition_spec, state_shardings
 from common.sharding.program import Inference, Program
 
@@ -27,6 +28,7 @@ def language_programs(
     heads: int,
     prefill_flops: Callable[[int, int], float],
     decode_flops: Callable[[int, int], float],
+    empty_cache: Callable[[Any], DecodeCache] | None = None,
     rules: Rules = DEFAULT_RULES,
 ) -> Mapping[str, Callable[[], Program]]:
     """Returns what `generate` runs: "prefill", the first chunk of prompts, and "decode".
@@ -40,6 +42,7 @@ def language_programs(
       heads: query heads, by which devices are grouped (`Inference.mesh`).
       prefill_flops: of so many rows of so many tokens each.
       decode_flops: of one token for so many rows, behind a context of so many tokens.
+      empty_cache: makes the cache that the model decodes with, where that is not its `init_cache`.
       rules: logical axis names to mesh axes.
     """
     if inference.prompt > inference.context:
@@ -68,7 +71,7 @@ def language_programs(
 
     def decode_program() -> Program:
         logits = parts.rows((parts.model.vocab_size,), jnp.float32)
-        cache = parts.cache()
+        cache = parts.cache(empty_cache)
         key = jax.eval_shape(lambda: jax.random.key(0))
         stop = jax.ShapeDtypeStruct((1,), jnp.int32)
         whole = NamedSharding(mesh, PartitionSpec())
@@ -94,6 +97,20 @@ def language_programs(
     return {"prefill": prefill_program, "decode": decode_program}
 
 
+def place_parameters(
+    model: nnx.Module, dtype: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES
+) -> tuple[nnx.GraphDef, Any]:
+    """Splits an abstract model into graph and state, in `dtype` and where its axes say."""
+    graphdef, state = nnx.split(model)
+    placed = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding),
+        nnx.to_pure_dict(state),
+        state_shardings(state, mesh, rules),
+    )
+    nnx.replace_by_pure_dict(state, placed)
+    return graphdef, state
+
+
 class _Parts:
     """The abstract model and its state on the mesh."""
 
@@ -102,14 +119,7 @@ class _Parts:
     ):
         self.model = nnx.eval_shape(build)
         self._mesh, self._rules, self._inference = mesh, rules, inference
-        self.graphdef, self.state = nnx.split(self.model)
-        dtype = self.model.dtype
-        placed = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding),
-            nnx.to_pure_dict(self.state),
-            state_shardings(self.state, mesh, rules),
-        )
-        nnx.replace_by_pure_dict(self.state, placed)
+        self.graphdef, self.state = place_parameters(self.model, self.model.dtype, mesh, rules)
         groups = mesh.shape["data"]
         self.notes = (
             []
@@ -124,11 +134,15 @@ class _Parts:
         spec = partition_spec(axes, whole, self._mesh, self._rules)
         return jax.ShapeDtypeStruct(whole, dtype, sharding=NamedSharding(self._mesh, spec))
 
-    def cache(self) -> Any:
+    def cache(self, empty_cache: Callable[[Any], DecodeCache] | None) -> DecodeCache:
         """An empty decode cache, its rows where the batch's are."""
-        empty = jax.eval_shape(
-            lambda: self.model.init_cache(self._inference.rows, self._inference.context)
-        )
+        if empty_cache is None:
+            rows, context = self._inference.rows, self._inference.context
+            empty = jax.eval_shape(lambda: self.model.init_cache(rows, context))
+        else:
+            empty = jax.eval_shape(
+                lambda state: empty_cache(nnx.merge(self.graphdef, state)), self.state
+            )
 
         def placed(leading: int) -> Callable[[Any], Any]:
             return lambda x: self.rows(
