@@ -136,7 +136,7 @@ def _map_problems(rows: Sequence[Row], leaves: Mapping[str, Any]) -> list[str]:
     wrong = []
     for name, leaf in leaves.items():
         indices = [row.index for row in filled.get(name, ())]
-        stacked = len(leaf.shape) > 0 and indices == list(range(leaf.shape[0]))
+        stacked = leaf.shape[:1] == (len(indices),) and indices == list(range(len(indices)))
         if indices and indices != [None] and not stacked:
             wrong.append(name)
     return [

@@ -37,10 +37,11 @@ from common.models.loading import (
     require_new,
     stop_tokens,
 )
-from common.sharding import DEFAULT_RULES, Rules
+from common.sharding import DEFAULT_RULES, Rules, barrier
 
 PACKAGE = "common.models"
-TOKENIZER = "tokenizer.model"
+TOKENIZER = "tokenizer.model"  # of the workspace's folders, whatever its kind
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
 def load(
@@ -134,13 +135,13 @@ def _open_huggingface(path: Path) -> Source:
             f"{where} states {config.num_layers} layers, but the checkpoint has only "
             f"{len(reader.keys())} tensors"
         )
-    tokenizer = path / TOKENIZER
+    has_tokenizer = any((path / name).is_file() for name in TOKENIZERS)
     return Source(
         config,
         reader,
         huggingface_rows(config),
         ignored(config),
-        load_tokenizer(tokenizer) if tokenizer.is_file() else None,
+        load_tokenizer(path) if has_tokenizer else None,
         stop_tokens(path, data, data.get("text_config")),
     )
 
@@ -189,7 +190,13 @@ def _save_huggingface(model: Decoder, path: Path, params: dict[str, Any], dtype:
     if model.tokenizer is not None:
         ids = {"bos_token_id": model.tokenizer.bos_id, "pad_token_id": model.tokenizer.pad_id}
         config |= {name: value if value >= 0 else None for name, value in ids.items()}
-    write_safetensors(path, export_tensors(params, huggingface_rows(model.config), dtype))
-    if model.tokenizer is not None:
-        model.tokenizer.save(path / TOKENIZER)
-    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    primary = jax.process_index() == 0  # The others take part in gathering what lies on them.
+    if primary:
+        path.mkdir(parents=True, exist_ok=True)
+    if primary and model.tokenizer is not None:
+        model.tokenizer.save_huggingface(path)  # First: not every tokenizer can be told to others.
+    tensors = export_tensors(params, huggingface_rows(model.config), dtype)
+    write_safetensors(path, tensors, write=primary)
+    if primary:
+        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    barrier("decoder_saved")
