@@ -39,7 +39,7 @@ def train_program(
     mesh = make_mesh(config.mesh, devices)
     check_config(config, mesh)
     parts = ModelParts(task, seed)
-    optimizer = make_optimizer(config.optimizer, config.steps, parts.decays)
+    optimizer = make_optimizer(config.optimizer, config.steps, parts.decays, parts.trains_from)
     abstract = abstract_train_state(parts, optimizer, mesh)
     step = make_train_step(
         parts,

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from common.errors import UserError, nearest
@@ -50,7 +52,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps: int, decay_mask: Any
+    config: OptimizerConfig, steps: int, decay_mask: Any, trains_from: Any = None
 ) -> optax.GradientTransformation:
     """Returns clipping, moments, decay and learning rate as one transformation.
 
@@ -58,6 +60,8 @@ def make_optimizer(
       config: what to build.
       steps: length of the run in updates, where the schedule ends.
       decay_mask: tree of bool, shaped like the trained parameters: which of them decay.
+      trains_from: tree of int likewise: after how many updates each begins to change; None: all at
+        once.
 
     Raises:
       UserError: a field is out of range.
@@ -77,7 +81,23 @@ def make_optimizer(
         ],
     }
     clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
-    return optax.chain(*clip, *parts[config.name], optax.scale_by_learning_rate(rate))
+    held = [_held_back(trains_from)] if any(jax.tree.leaves(trains_from)) else []
+    return optax.chain(*clip, *parts[config.name], optax.scale_by_learning_rate(rate), *held)
+
+
+def _held_back(trains_from: Any) -> optax.GradientTransformation:
+    """Leaves out each parameter's updates before its time: it stays as it is, bit for bit."""
+
+    def init(params: Any) -> optax.ScaleByScheduleState:
+        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        kept = jax.tree.map(
+            lambda update, first: jnp.where(state.count >= first, update, 0), updates, trains_from
+        )
+        return kept, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init, update)
 
 
 def _check(config: OptimizerConfig) -> None:

@@ -40,7 +40,7 @@ class TrainState:
 
 
 class ModelParts:
-    """The static part of a task's model: its graph, and which parameters train and decay."""
+    """The static part of a task's model: its graph; which parameters train, when, and decay."""
 
     def __init__(self, task: Task, seed: int):
         self.task = task
@@ -54,6 +54,9 @@ class ModelParts:
             raise UserError("no parameter is trainable")
         self.decays = _unflatten(
             {path: task.decays(path, v) for path, v in variables if path in self.trained}
+        )
+        self.trains_from = _unflatten(
+            {path: task.trains_from(path, v) for path, v in variables if path in self.trained}
         )
 
     def fresh(self) -> tuple[PureDict, PureDict]:

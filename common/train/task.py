@@ -61,6 +61,11 @@ class Task(abc.ABC):
         """Returns whether weight decay applies: to matrices, not counting a stacked axis."""
         return sum(name != "layers" for name in variable_axes(variable)) >= 2
 
+    def trains_from(self, path: Path, variable: nnx.Variable) -> int:
+        """Returns after how many updates a trained parameter begins to change; the schedule of the
+        learning rate goes on meanwhile, and its moments gather."""
+        return 0
+
     def init_extra(self, params: PureDict) -> Any:
         """Returns further state, such as averaged parameters; any pytree of arrays."""
         return {}

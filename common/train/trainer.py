@@ -175,7 +175,12 @@ class Trainer:
             return self._tell_finished(latest)
         with self._goodput.phase("init"):
             self._parts = ModelParts(self.task, self.seed)
-            optimizer = make_optimizer(self.config.optimizer, self.config.steps, self._parts.decays)
+            optimizer = make_optimizer(
+                self.config.optimizer,
+                self.config.steps,
+                self._parts.decays,
+                self._parts.trains_from,
+            )
             abstract = abstract_train_state(self._parts, optimizer, self.mesh)
             self._make_steps(optimizer, abstract)
         step = self._start_state(optimizer, abstract, latest)

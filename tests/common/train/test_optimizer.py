@@ -81,3 +81,29 @@ def test_wsd_decays_over_the_last_fifth():
 def test_a_run_shorter_than_its_warm_up_ends_on_the_way_up():
     schedule = make_schedule("cosine", 1.0, steps=5, warmup_steps=10)
     assert float(schedule(4)) == pytest.approx(0.5)
+
+
+def test_parameters_held_back_stay_bit_for_bit_and_then_train():
+    config = OptimizerConfig("adamw", 0.1, schedule="constant", weight_decay=0.5)
+    held, free = (
+        make_optimizer(config, 10, MASK, trains_from)
+        for trains_from in ({"matrix": 3, "vector": 0}, None)
+    )
+    grads = jax.tree.map(jnp.ones_like, PARAMS)
+    params, state = PARAMS, held.init(PARAMS)
+    alone, alone_state = PARAMS, free.init(PARAMS)
+    for step in range(4):
+        updates, state = held.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        updates, alone_state = free.update(grads, alone_state, alone)
+        alone = optax.apply_updates(alone, updates)
+        assert (params["matrix"] == PARAMS["matrix"]).all() == (step < 3)
+        np.testing.assert_array_equal(params["vector"], alone["vector"])
+
+
+def test_without_held_parameters_the_state_has_no_count_of_its_own():
+    none, zero = (
+        make_optimizer(OptimizerConfig(), 10, MASK, trains_from).init(PARAMS)
+        for trains_from in (None, {"matrix": 0, "vector": 0})
+    )
+    assert jax.tree.structure(none) == jax.tree.structure(zero)
