@@ -1,6 +1,6 @@
 """RecurrentGemma and Griffin: linear recurrence, local attention, a state of fixed size."""
 
-from recurrentgemma.chat import chat_prompt, chat_tokens
+from common.data.chat import chat_prompt, chat_tokens
 from recurrentgemma.checkpoint import load, save
 from recurrentgemma.model import GRIFFIN_PATTERN, HAWK_PATTERN, Griffin, GriffinConfig
 

@@ -1,20 +1,17 @@
 """`python -m recurrentgemma.generate`: continues prompts with a trained or released model."""
 
-import json
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
+from common.data.chat import chat_tokens
 from common.data.tokenizers import check_vocabulary, load_tokenizer
 from common.errors import UserError
 from common.generate import generate
 from common.launch import Run, launch
-from common.launch.workdir import write_atomically
-from recurrentgemma.chat import chat_tokens
+from common.launch.prompts import read_prompts, refuse_existing_output, show, write_results
 from recurrentgemma.checkpoint import load
 
 EXAMPLES = [
@@ -52,9 +49,8 @@ MAX_PROMPT_TOKENS = flags.DEFINE_integer(
 
 
 def _main(run: Run) -> None:
-    prompts = _prompts()
-    if OUTPUT.value is not None and Path(OUTPUT.value).exists():
-        raise UserError(f"--output: {OUTPUT.value} exists; nothing is written over")
+    prompts = read_prompts(PROMPT.value, PROMPTS.value)
+    refuse_existing_output(OUTPUT.value)
     model = load(CHECKPOINT.value, dtype=DTYPE.value)
     if TOKENIZER.value is not None:
         model.tokenizer = load_tokenizer(TOKENIZER.value)
@@ -78,56 +74,11 @@ def _main(run: Run) -> None:
         max_prompt_tokens=MAX_PROMPT_TOKENS.value,
     )
     seconds = time.perf_counter() - start
-    for prompt, result in zip(prompts, results):
-        print(
-            f"{prompt}\033[1m{result.text}\033[0m"
-            if sys.stdout.isatty()
-            else f"{prompt}{result.text}"
-        )
-        print("---")
+    show(prompts, results)
     if OUTPUT.value is not None:
-        lines = [
-            json.dumps(
-                {"prompt": p, "text": r.text, "tokens": r.tokens, "logprobs": r.logprobs},
-                ensure_ascii=False,
-            )
-            for p, r in zip(prompts, results)
-        ]
-        write_atomically(Path(OUTPUT.value), "\n".join(lines) + "\n")
-        print(f"written to {OUTPUT.value}")
+        write_results(OUTPUT.value, prompts, results)
     count = sum(len(result.tokens) for result in results)
     print(f"{count} tokens in {seconds:.1f} s, compilation included")
-
-
-def _prompts() -> list[str]:
-    """The prompts of the flags, read before anything heavy is loaded."""
-    prompts = list(PROMPT.value or [])
-    if PROMPTS.value is not None:
-        prompts += _read_prompts(Path(PROMPTS.value))
-    if not prompts:
-        raise UserError("nothing to continue: give --prompt='…' or --prompts=FILE")
-    return prompts
-
-
-def _read_prompts(path: Path) -> list[str]:
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts: cannot read {path}: {error}") from error
-    if not lines:
-        raise UserError(f"--prompts: {path} has no prompts")
-    if path.suffix != ".jsonl":
-        return lines
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            prompt = json.loads(line)["prompt"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"--prompts: line {number} of {path} has no field 'prompt'") from error
-        if not isinstance(prompt, str):
-            raise UserError(f"--prompts: line {number} of {path}: 'prompt' is not a text")
-        prompts.append(prompt)
-    return prompts
 
 
 def main(argv: Sequence[str] | None = None) -> None:

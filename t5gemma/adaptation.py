@@ -114,11 +114,12 @@ def _special_tokens(encoder_donor: LanguageModel, decoder_donor: LanguageModel) 
         return {}
     if other is not None and other.fingerprint() != tokenizer.fingerprint():
         raise UserError("the donors' tokenizers differ: adapt models that share one")
-    found = {"bos_token": tokenizer.bos_id}
+    # Texts of a vocabulary without a beginning are told apart by their ends.
+    begin = tokenizer.bos_id if tokenizer.bos_id >= 0 else tokenizer.eos_id
+    found = {"bos_token": begin} if begin >= 0 else {}
     # Padding must not be mistaken for a token that texts are made of.
-    if tokenizer.pad_id not in (tokenizer.bos_id, tokenizer.eos_id):
-        found["pad_token"] = tokenizer.pad_id
-    return {name: token for name, token in found.items() if token >= 0}
+    pad = tokenizer.pad_id
+    return found | {"pad_token": -1 if pad in (begin, tokenizer.eos_id) else pad}
 
 
 def _copied(model: nnx.Module) -> _Tree:

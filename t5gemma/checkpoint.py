@@ -35,7 +35,8 @@ from t5gemma.config import EncoderWindow, T5GemmaConfig
 from t5gemma.model import T5Gemma
 
 PACKAGE = "t5gemma"
-TOKENIZER = "tokenizer.model"
+TOKENIZER = "tokenizer.model"  # of the workspace's folders, whatever its kind
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 DEFAULT_EOS = 1
 
 
@@ -81,8 +82,8 @@ def load(
     else:
         model = _load_flax(path, placement, options)
     folder = path if path.is_dir() else path.parent
-    for place in (folder / TOKENIZER, folder.parent / TOKENIZER):
-        if model.tokenizer is None and place.is_file():
+    for place in (folder, folder.parent):
+        if model.tokenizer is None and any((place / name).is_file() for name in TOKENIZERS):
             _attach(model, load_tokenizer(place))
     return model
 
@@ -207,7 +208,8 @@ def _save_huggingface(model: T5Gemma, path: Path, params: dict[str, Any], dtype:
     stops = sorted(model.stop_tokens)
     if stops:
         config["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+    path.mkdir(parents=True, exist_ok=True)
+    if model.tokenizer is not None:  # First, for not every tokenizer can be told to others.
+        model.tokenizer.save_huggingface(path)
     write_safetensors(path, export_tensors(params, convert.huggingface_rows(model.config), dtype))
-    if model.tokenizer is not None:
-        model.tokenizer.save(path / TOKENIZER)
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -25,7 +25,7 @@ class T5GemmaConfig:
         weights were trained; "transformers" W on each side, as that library has it since 5.0.
       causal_encoder: a query of the encoder sees no later key (an ablation of the paper, 3.6).
       bos_token: what the decoder starts with.
-      pad_token: token that counts as padding where nothing is said about validity.
+      pad_token: token that counts as padding where nothing is said about validity; -1: none.
     """
 
     encoder: DecoderConfig
@@ -46,13 +46,17 @@ class T5GemmaConfig:
                 "model.encoder_window must be 'published' or 'transformers', not "
                 f"{self.encoder_window!r}"
             )
-        for name in ("bos_token", "pad_token"):
-            token = getattr(self, name)
-            if not 0 <= token < self.decoder.vocab_size:
-                raise UserError(
-                    f"model.{name} must be a token of the decoder's, 0..."
-                    f"{self.decoder.vocab_size - 1}, not {token}"
-                )
+        most = self.decoder.vocab_size - 1
+        if not 0 <= self.bos_token <= most:
+            raise UserError(
+                f"model.bos_token must be a token of the decoder's, 0...{most}, not "
+                f"{self.bos_token}"
+            )
+        if self.pad_token == self.bos_token or not -1 <= self.pad_token <= most:
+            raise UserError(
+                f"model.pad_token must be a token other than model.bos_token ({self.bos_token}), "
+                f"or -1 for none, not {self.pad_token}"
+            )
 
     def with_stacks(self, **changes: object) -> "T5GemmaConfig":
         """This shape with fields of both stacks replaced (`dtype`, `remat`, `window` …)."""

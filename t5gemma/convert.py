@@ -186,8 +186,10 @@ def config_from_huggingface(data: Mapping[str, Any], where: str) -> T5GemmaConfi
         raise UserError(f"{where}: 'tie_word_embeddings' should be true or false, not {tied!r}")
     window: EncoderWindow = data.get(_WINDOW_KEY, "published")
 
+    decoder = sides["decoder"]
+
     def token(name: str, default: int) -> int:
-        value = sides["decoder"].get(name)
+        value = decoder.get(name)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool):
             raise UserError(f"{where}: 'decoder.{name}' should be a token, not {value!r}")
@@ -198,7 +200,7 @@ def config_from_huggingface(data: Mapping[str, Any], where: str) -> T5GemmaConfi
         decoder=_stack_from_huggingface(sides["decoder"], f"{where}: 'decoder'", tied),
         encoder_window=window,
         bos_token=token("bos_token_id", 2),
-        pad_token=token("pad_token_id", 0),
+        pad_token=-1 if decoder.get("pad_token_id", 0) is None else token("pad_token_id", 0),
     )
 
 
@@ -285,7 +287,8 @@ def config_to_huggingface(config: T5GemmaConfig, dtype: str) -> dict[str, Any]:
     window = None if encoder.window is None else encoder.window - 1
     if window == 0:
         raise UserError("an encoder's window of 1 cannot be exported: transformers has none")
-    tokens = {"bos_token_id": config.bos_token, "pad_token_id": config.pad_token}
+    pad = config.pad_token if config.pad_token >= 0 else None
+    tokens = {"bos_token_id": config.bos_token, "pad_token_id": pad}
     return {
         "architectures": ["T5GemmaForConditionalGeneration"],
         "model_type": "t5gemma",

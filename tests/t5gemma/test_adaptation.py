@@ -10,6 +10,8 @@ import pytest
 from flax import nnx
 
 import t5gemma
+from common import generate
+from common.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
 from common.errors import UserError
 from common.models import Decoder, DecoderConfig
 from common.models.decoder import GEMMA2_PATTERN, GEMMA3_PATTERN
@@ -202,6 +204,26 @@ def test_donors_that_do_not_fit(arguments, options, message):
     donors = [Decoder(shapes[name], rngs=nnx.Rngs(0)) for name in arguments]
     with pytest.raises(UserError, match=message):
         t5gemma.adapt(*donors, **options)
+
+
+class Words(ByteTokenizer):
+    """A tokenizer without a beginning, whose padding is its end (SmolLM2's)."""
+
+    bos_id, eos_id, pad_id = -1, 3, 3
+    stop_tokens = (3,)
+
+
+def test_tokenizer_and_special_tokens_come_along():
+    source = Decoder(dataclasses.replace(FAMILIES["llama"], vocab_size=260), rngs=nnx.Rngs(0))
+    source.tokenizer, source.stop_tokens = Words(), (3,)
+    model = t5gemma.adapt(source)
+    assert model.tokenizer is source.tokenizer
+    assert (model.stop_tokens, model.config.bos_token, model.config.pad_token) == ((3,), 3, -1)
+    assert generate.generate(model, ["abc", "a"], max_new_tokens=3)[0].text is not None
+    other = Decoder(source.config, rngs=nnx.Rngs(0))
+    other.tokenizer = SentencePieceTokenizer.train(["some words and more"] * 20, 275)
+    with pytest.raises(UserError, match="tokenizers differ"):
+        t5gemma.adapt(other, source)
 
 
 def test_only_decoders_are_donors():

@@ -14,10 +14,10 @@ from golden_model import CONFIG, DECODER_TOKENS, ENCODER_TOKENS, randomised, sha
 import t5gemma
 from common.checkpoint import LazyTensor, open_huggingface, write_safetensors
 from common.convert import convert
-from common.data.tokenizers import ByteTokenizer
+from common.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
 from common.errors import UserError
 from common.sharding import MeshConfig, make_mesh
-from t5gemma.config import MODELS
+from t5gemma.config import MODELS, smoke_model
 from t5gemma.model import T5GemmaConfig
 
 # As many key heads as query heads in the encoder, fewer in the decoder; widths differ.
@@ -87,14 +87,18 @@ def test_workspace_there_and_back(model, folder, tmp_path, logits):
     assert {x.dtype.name for x in tensors_in(tmp_path / "back").values()} == {"bfloat16"}
 
 
-def test_tokenizer_goes_along(model, tmp_path):
-    copy = randomised(t5gemma.config.smoke_model())
-    copy.tokenizer = ByteTokenizer()
+def test_tokenizer_goes_along(tmp_path):
+    model = randomised(smoke_model())
+    texts = ["all the words that a small vocabulary needs are here, and a few more"] * 20
+    model.tokenizer = SentencePieceTokenizer.train(texts, 300)
     for format in ("workspace", "huggingface"):
-        t5gemma.save(copy, tmp_path / format, format=format)
+        t5gemma.save(model, tmp_path / format, format=format)
         again = t5gemma.load(tmp_path / format)
-        assert again.tokenizer.fingerprint() == copy.tokenizer.fingerprint()
+        assert again.tokenizer.fingerprint() == model.tokenizer.fingerprint()
         assert again.stop_tokens == (1,)
+    model.tokenizer = ByteTokenizer()
+    with pytest.raises(UserError, match="no tokenizer of plain bytes"):
+        t5gemma.save(model, tmp_path / "bytes", format="huggingface")
 
 
 def test_shards_straight_onto_a_mesh(folder, logits):

@@ -286,6 +286,7 @@ def test_features_do_not_look_ahead(model):
     [
         ({"encoder_window": "wide"}, "must be 'published' or 'transformers'"),
         ({"bos_token": 40}, "must be a token of the decoder's, 0...39, not 40"),
+        ({"pad_token": 2}, "other than model.bos_token"),
         ({"encoder": dataclasses.replace(SHAPE.encoder, dtype="bfloat16")}, "must be the same"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The instruction-tuned models' prompt format (RecurrentGemma, section 4)."""
+"""The prompt format of instruction-tuned Gemma models (RecurrentGemma, section 4)."""
 
 from collections.abc import Sequence
 from typing import Literal
