@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,25 +15,29 @@ from common.checkpoint import (
     Row,
     TensorReader,
     export_tensors,
-    load_tensors,
     open_checkpoint,
+    read_model_folder,
     subtree,
     write_safetensors,
 )
-from common.checkpoint.model_folder import read_model_folder, save_model_folder
-from common.checkpoint.safetensors import parse_json_object
-from common.checkpoint.store import load_params
-from common.data.tokenizers import Tokenizer, load_tokenizer
+from common.data.tokenizers import load_tokenizer
 from common.errors import UserError
 from common.launch import config as configs
-from common.sharding import DEFAULT_RULES, Rules, state_shardings
+from common.models.loading import (
+    TOKENIZER,
+    Placement,
+    attach_tokenizer,
+    read_json,
+    require_new,
+    save_workspace,
+    stop_tokens,
+)
+from common.sharding import DEFAULT_RULES, Rules
 from recurrentgemma import convert
 from recurrentgemma.model import Griffin, GriffinConfig
 
 PACKAGE = "recurrentgemma"
-TOKENIZER = "tokenizer.model"
 DEFAULT_EOS = 1
-MAX_JSON_BYTES = 10_000_000
 
 
 def load(
@@ -70,23 +74,22 @@ def load(
     options: dict[str, Any] = {"dtype": dtype}
     if window_counts_self is not None:
         options["window_counts_self"] = window_counts_self
-    if param_dtype is None:
-        param_dtype = jnp.dtype(dtype)
-    build = functools.partial(_build, options=options, mesh=mesh, rules=rules, dtype=param_dtype)
+    placement = Placement(dtype if param_dtype is None else param_dtype, mesh, rules)
+    build = functools.partial(_build, options=options, placement=placement)
     if (path / "model.json").is_file() or (path / "checkpoints").is_dir():
-        model = _load_workspace(path, build)
+        model = _load_workspace(path, options, placement)
     elif (path / "config.json").is_file():
-        data = _read_json(path / "config.json")
+        data = read_json(path / "config.json")
         config = convert.config_from_huggingface(data, str(path / "config.json"))
         rows = convert.huggingface_rows
         model = build(config, open_checkpoint(path), rows, ignore=convert.HUGGINGFACE_TIED)
-        model.stop_tokens = _stop_tokens(path, data)
+        model.stop_tokens = stop_tokens(path, data) or (DEFAULT_EOS,)
     else:
         model = _load_release(path, build)
     folder = path if path.is_dir() else path.parent
     for place in (folder / TOKENIZER, folder.parent / TOKENIZER):
         if model.tokenizer is None and place.is_file() and not (folder / "model.json").is_file():
-            _attach_tokenizer(model, load_tokenizer(place))
+            attach_tokenizer(model, load_tokenizer(place))
     return model
 
 
@@ -108,22 +111,11 @@ def save(
       UserError: the folder is not empty, or the format cannot express the model.
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} is not empty: nothing is written over; give another folder")
-    params = nnx.to_pure_dict(nnx.state(model))
+    require_new(path)
     if format == "workspace":
-        if dtype is not None:
-            params = jax.tree.map(lambda x: x.astype(dtype), params)
-        with tempfile.TemporaryDirectory() as scratch:
-            tokenizer = None
-            if model.tokenizer is not None:
-                tokenizer = Path(scratch) / TOKENIZER
-                model.tokenizer.save(tokenizer)
-            if path.exists():
-                path.rmdir()
-            save_model_folder(path, PACKAGE, configs.to_dict(model.config), params, tokenizer)
+        save_workspace(model, path, PACKAGE, configs.to_dict(model.config), dtype)
     elif format == "huggingface":
-        _save_huggingface(model, path, params, dtype)
+        _save_huggingface(model, path, dtype)
     else:
         raise UserError(f"unknown format '{format}': choose 'workspace' or 'huggingface'")
 
@@ -131,42 +123,19 @@ def save(
 def _build(
     config: GriffinConfig,
     reader: TensorReader,
-    rows: Any,
+    rows: Callable[[GriffinConfig], list[Row]],
     *,
     options: dict[str, Any],
-    mesh: jax.sharding.Mesh | None,
-    rules: Rules,
-    dtype: jax.typing.DTypeLike,
+    placement: Placement,
     ignore: tuple[str, ...] = (),
 ) -> Griffin:
     """A model of `config` filled from `reader` by the key map `rows(config)`."""
     config = dataclasses.replace(config, **options)
-    graphdef, state, abstract = _abstract(config, mesh, rules)
-    key_map: list[Row] = rows(config)
-    return _fill(graphdef, state, load_tensors(reader, key_map, abstract, dtype, ignore))
+    return placement.from_tensors(_builder(config), reader, rows(config), ignore)
 
 
-def _abstract(config: GriffinConfig, mesh: jax.sharding.Mesh | None, rules: Rules):
-    """Graph, abstract state, and the abstract pure dict with shardings, nothing allocated."""
-    model = nnx.eval_shape(lambda: Griffin(config, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(model)
-    abstract = nnx.to_pure_dict(state)
-    if mesh is None:
-        return graphdef, state, abstract
-    return (
-        graphdef,
-        state,
-        jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            abstract,
-            state_shardings(state, mesh, rules),
-        ),
-    )
-
-
-def _fill(graphdef: nnx.GraphDef, state: Any, params: dict[str, Any]) -> Griffin:
-    nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graphdef, state)
+def _builder(config: GriffinConfig) -> Callable[[], Griffin]:
+    return lambda: Griffin(config, rngs=nnx.Rngs(0))
 
 
 def _load_release(path: Path, build) -> Griffin:
@@ -181,30 +150,26 @@ def _load_release(path: Path, build) -> Griffin:
     return model
 
 
-def _load_workspace(path: Path, build) -> Griffin:
+def _load_workspace(path: Path, options: dict[str, Any], placement: Placement) -> Griffin:
     """A model folder, or a run's workdir with its checkpoints."""
-    options, mesh, rules = (build.keywords[name] for name in ("options", "mesh", "rules"))
     if (path / "model.json").is_file():
         package, data, params_path, tokenizer_path = read_model_folder(path)
         where = str(path / "model.json")
     else:
-        package, data = PACKAGE, _read_json(path / "config.json").get("model")
+        package, data = PACKAGE, read_json(path / "config.json").get("model")
         params_path, tokenizer_path = path / "checkpoints", path / TOKENIZER
         where = str(path / "config.json")
     if package != PACKAGE or not isinstance(data, dict):
         raise UserError(f"{where} describes a model of '{package}', not of {PACKAGE}")
-    config = configs.from_dict(GriffinConfig, data, where)
-    config = dataclasses.replace(config, **options)
-    graphdef, state, abstract = _abstract(config, mesh, rules)
-    params = load_params(params_path, abstract)
-    dtype = build.keywords["dtype"]
-    model = _fill(graphdef, state, jax.tree.map(lambda x: x.astype(dtype), params))
+    config = dataclasses.replace(configs.from_dict(GriffinConfig, data, where), **options)
+    model = placement.from_params(_builder(config), params_path)
     if tokenizer_path is not None and Path(tokenizer_path).is_file():
-        _attach_tokenizer(model, load_tokenizer(tokenizer_path))
+        attach_tokenizer(model, load_tokenizer(tokenizer_path))
     return model
 
 
-def _save_huggingface(model: Griffin, path: Path, params: dict[str, Any], dtype: Any) -> None:
+def _save_huggingface(model: Griffin, path: Path, dtype: Any) -> None:
+    params = nnx.to_pure_dict(nnx.state(model))
     kept = jnp.dtype(dtype) if dtype is not None else jax.tree.leaves(params)[0].dtype
     config = convert.config_to_huggingface(model.config, kept.name)
     tensors = export_tensors(params, convert.huggingface_rows(model.config), dtype)
@@ -217,33 +182,3 @@ def _save_huggingface(model: Griffin, path: Path, params: dict[str, Any], dtype:
         }
         model.tokenizer.save(path / TOKENIZER)
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _attach_tokenizer(model: Griffin, tokenizer: Tokenizer) -> None:
-    """Gives the model its tokenizer and the tokens that end a text with it."""
-    if tokenizer.vocab_size > model.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens but the model {model.vocab_size}: "
-            "they do not belong together"
-        )
-    model.tokenizer = tokenizer
-    model.stop_tokens = tuple(sorted({*model.stop_tokens, *tokenizer.stop_tokens}))
-
-
-def _stop_tokens(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
-    """The end-of-text tokens that a Hugging Face folder names."""
-    found: set[int] = set()
-    for data in (config, _read_json(folder / "generation_config.json", missing_ok=True)):
-        eos = data.get("eos_token_id")
-        found.update(e for e in (eos if isinstance(eos, list) else [eos]) if isinstance(e, int))
-    return tuple(sorted(found)) or (DEFAULT_EOS,)
-
-
-def _read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
-    if missing_ok and not path.is_file():
-        return {}
-    if not path.is_file():
-        raise UserError(f"{path} is missing")
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise UserError(f"{path} is too large to be a configuration")
-    return parse_json_object(path, path.read_bytes(), "configuration")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +14,6 @@ from common.checkpoint import (
     export_tensors,
     open_huggingface,
     read_model_folder,
-    save_model_folder,
     write_safetensors,
 )
 from common.data.tokenizers import load_tokenizer
@@ -30,17 +28,18 @@ from common.models.decoder_huggingface import (
     text_tensors,
 )
 from common.models.loading import (
+    TOKENIZER,
     Placement,
     Source,
     attach_tokenizer,
     read_json,
     require_new,
+    save_workspace,
     stop_tokens,
 )
 from common.sharding import DEFAULT_RULES, Rules, barrier
 
 PACKAGE = "common.models"
-TOKENIZER = "tokenizer.model"  # of the workspace's folders, whatever its kind
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
@@ -107,11 +106,11 @@ def save(
     """
     path = Path(path)
     require_new(path)
-    params = nnx.to_pure_dict(nnx.state(model))
     if format == "workspace":
-        _save_workspace(model, path, params, dtype)
+        config = values.encode(model.config, DecoderConfig)
+        save_workspace(model, path, PACKAGE, config, dtype)
     elif format == "huggingface":
-        _save_huggingface(model, path, params, dtype)
+        _save_huggingface(model, path, dtype)
     else:
         raise UserError(f"unknown format '{format}': choose 'huggingface' or 'workspace'")
 
@@ -168,21 +167,8 @@ def _load_workspace(path: Path, placement: Placement, options: dict[str, Any]) -
     return model
 
 
-def _save_workspace(model: Decoder, path: Path, params: dict[str, Any], dtype: Any) -> None:
-    if dtype is not None:
-        params = jax.tree.map(lambda x: x.astype(dtype), params)
-    config = values.encode(model.config, DecoderConfig)
-    with tempfile.TemporaryDirectory() as scratch:
-        tokenizer = None
-        if model.tokenizer is not None:
-            tokenizer = Path(scratch) / TOKENIZER
-            model.tokenizer.save(tokenizer)
-        if path.exists():
-            path.rmdir()
-        save_model_folder(path, PACKAGE, config, params, tokenizer)
-
-
-def _save_huggingface(model: Decoder, path: Path, params: dict[str, Any], dtype: Any) -> None:
+def _save_huggingface(model: Decoder, path: Path, dtype: Any) -> None:
+    params = nnx.to_pure_dict(nnx.state(model))
     kept = jnp.dtype(dtype) if dtype is not None else jax.tree.leaves(params)[0].dtype
     config = config_to_huggingface(model.config, kept.name)
     if model.stop_tokens:

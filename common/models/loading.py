@@ -1,6 +1,7 @@
 """What loading a model takes, whatever its family: configuration files, placement, tokenizers."""
 
 import dataclasses
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,12 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.checkpoint import Row, TensorReader, load_params, load_tensors
+from common.checkpoint import Row, TensorReader, load_params, load_tensors, save_model_folder
 from common.checkpoint.safetensors import parse_json_object
 from common.data.tokenizers import Tokenizer
 from common.errors import UserError
 from common.sharding import DEFAULT_RULES, Rules, state_shardings
 
+TOKENIZER = "tokenizer.model"  # of the workspace's folders, whatever its kind
 MAX_JSON_BYTES = 10_000_000
 
 M = TypeVar("M", bound=nnx.Module)
@@ -133,3 +135,32 @@ def require_new(path: Path) -> None:
     """UserError unless `path` is free for a new folder: not there, or an empty one."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} is not empty: nothing is written over; give another folder")
+
+
+def save_workspace(
+    model: Any,
+    path: Path,
+    package: str,
+    config: dict[str, Any],
+    dtype: jax.typing.DTypeLike | None = None,
+) -> None:
+    """Writes a model folder of the workspace, the model's tokenizer with it.
+
+    Args:
+      model: a module with a `tokenizer`.
+      path: the new folder (`require_new`).
+      package: which knows how to build the model.
+      config: JSON-able fields of the model's config.
+      dtype: of the stored parameters; None keeps theirs.
+    """
+    params = nnx.to_pure_dict(nnx.state(model))
+    if dtype is not None:
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = None
+        if model.tokenizer is not None:
+            tokenizer = Path(scratch) / TOKENIZER
+            model.tokenizer.save(tokenizer)
+        if path.exists():
+            path.rmdir()
+        save_model_folder(path, package, config, params, tokenizer)
