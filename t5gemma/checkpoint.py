@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +14,6 @@ from common.checkpoint import (
     open_checkpoint,
     open_huggingface,
     read_model_folder,
-    save_model_folder,
     subtree,
     write_safetensors,
 )
@@ -23,10 +21,12 @@ from common.data.tokenizers import Tokenizer, load_tokenizer
 from common.errors import UserError
 from common.launch import config as configs
 from common.models.loading import (
+    TOKENIZER,
     Placement,
     attach_tokenizer,
     read_json,
     require_new,
+    save_workspace,
     stop_tokens,
 )
 from common.sharding import DEFAULT_RULES, Rules
@@ -35,7 +35,6 @@ from t5gemma.config import EncoderWindow, T5GemmaConfig
 from t5gemma.model import T5Gemma
 
 PACKAGE = "t5gemma"
-TOKENIZER = "tokenizer.model"  # of the workspace's folders, whatever its kind
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 DEFAULT_EOS = 1
 
@@ -108,20 +107,10 @@ def save(
     """
     path = Path(path)
     require_new(path)
-    params = nnx.to_pure_dict(nnx.state(model))
     if format == "workspace":
-        if dtype is not None:
-            params = jax.tree.map(lambda x: x.astype(dtype), params)
-        with tempfile.TemporaryDirectory() as scratch:
-            tokenizer = None
-            if model.tokenizer is not None:
-                tokenizer = Path(scratch) / TOKENIZER
-                model.tokenizer.save(tokenizer)
-            if path.exists():
-                path.rmdir()
-            save_model_folder(path, PACKAGE, configs.to_dict(model.config), params, tokenizer)
+        save_workspace(model, path, PACKAGE, configs.to_dict(model.config), dtype)
     elif format == "huggingface":
-        _save_huggingface(model, path, params, dtype)
+        _save_huggingface(model, path, dtype)
     else:
         raise UserError(f"unknown format '{format}': choose 'workspace' or 'huggingface'")
 
@@ -202,7 +191,8 @@ def _attach(model: T5Gemma, tokenizer: Tokenizer) -> None:
     attach_tokenizer(model, tokenizer)
 
 
-def _save_huggingface(model: T5Gemma, path: Path, params: dict[str, Any], dtype: Any) -> None:
+def _save_huggingface(model: T5Gemma, path: Path, dtype: Any) -> None:
+    params = nnx.to_pure_dict(nnx.state(model))
     kept = jnp.dtype(dtype) if dtype is not None else jax.tree.leaves(params)[0].dtype
     config = convert.config_to_huggingface(model.config, kept.name)
     stops = sorted(model.stop_tokens)
