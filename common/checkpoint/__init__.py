@@ -26,6 +26,7 @@ from common.checkpoint.transforms import TRANSPOSE as TRANSPOSE
 from common.checkpoint.transforms import AddConstant as AddConstant
 from common.checkpoint.transforms import Concat as Concat
 from common.checkpoint.transforms import FirstRows as FirstRows
+from common.checkpoint.transforms import InterleavedRotary as InterleavedRotary
 from common.checkpoint.transforms import Reshape as Reshape
 from common.checkpoint.transforms import Stack as Stack
 from common.checkpoint.transforms import Transform as Transform

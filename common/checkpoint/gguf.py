@@ -35,7 +35,7 @@ MAX_ALIGNMENT = 1 << 20
 # How many weights are expanded at a time: the intermediate arrays stay in the processor's cache.
 CHUNK = 1 << 17
 
-_STRING, _ARRAY, _BOOL = 8, 9, 7
+_STRING, _ARRAY, _BOOL, _FLOAT32 = 8, 9, 7, 6
 _SCALARS: Mapping[int, np.dtype] = {
     0: np.dtype("u1"),
     1: np.dtype("i1"),
@@ -43,7 +43,7 @@ _SCALARS: Mapping[int, np.dtype] = {
     3: np.dtype("<i2"),
     4: np.dtype("<u4"),
     5: np.dtype("<i4"),
-    6: np.dtype("<f4"),
+    _FLOAT32: np.dtype("<f4"),
     _BOOL: np.dtype("u1"),  # Bytes other than 0 and 1 would be undefined behaviour in a boolean.
     10: np.dtype("<u8"),
     11: np.dtype("<i8"),
@@ -295,8 +295,10 @@ def _scalar(cursor: _Cursor, kind: int, what: str) -> Any:
     if kind not in _SCALARS:
         raise UserError(f"{cursor.path}: {what} has the unknown type {kind}")
     dtype = _SCALARS[kind]
-    value = np.frombuffer(cursor.take(dtype.itemsize, what), dtype)[0].item()
-    return value != 0 if kind == _BOOL else value
+    value = np.frombuffer(cursor.take(dtype.itemsize, what), dtype)[0]
+    if kind == _FLOAT32:  # As it was written before it was rounded: 1e-5, not 9.99999974e-06.
+        return float(str(value))
+    return bool(value) if kind == _BOOL else value.item()
 
 
 def _array(cursor: _Cursor, what: str) -> Any:

@@ -181,6 +181,35 @@ class AddConstant(_OneToOne):
 
 
 @dataclasses.dataclass(frozen=True)
+class InterleavedRotary(_OneToOne):
+    """Rows whose heads are rotated in pairs (i, i + h/2), from rows with (2i, 2i + 1) as pairs.
+
+    The target's first dim holds heads of `head_dim` = h rows, one after the other.
+    """
+
+    head_dim: int
+
+    def source_shape(self, shape: Shape) -> Shape:
+        if not shape or self.head_dim < 2 or self.head_dim % 2 or shape[0] % self.head_dim:
+            raise ValueError(f"{self} cannot give shape {shape}")
+        return shape
+
+    def reads(self, index: Index, shape: Shape, count: int) -> Reads | None:
+        whole_heads = not (index[0].start % self.head_dim or index[0].stop % self.head_dim)
+        return [(0, index)] if whole_heads else None
+
+    def forward(self, arrays: Sequence[np.ndarray], shape: Shape) -> np.ndarray:
+        return self._swapped(arrays[0], (self.head_dim // 2, 2))
+
+    def inverse(self, array: np.ndarray, count: int) -> list[np.ndarray]:
+        return [self._swapped(array, (2, self.head_dim // 2))]
+
+    def _swapped(self, array: np.ndarray, split: tuple[int, int]) -> np.ndarray:
+        heads = array.reshape(-1, *split, *array.shape[1:])
+        return heads.swapaxes(1, 2).reshape(array.shape)
+
+
+@dataclasses.dataclass(frozen=True)
 class Stack:
     """Sources of equal shape along a new dim `axis` of the target."""
 

@@ -43,11 +43,13 @@ __all__ = [
     "Tokenizer",
     "check_vocabulary",
     "encode_parts",
+    "folder_tokenizer",
     "load_tokenizer",
 ]
 
 _BYTES_HEADER = {"format": "tenfold-bytes", "version": 1}
 _GGUF_MAGIC = b"GGUF"
+_FOLDER_FILES = ("tokenizer.json", "tokenizer.model")
 MAX_FILE_BYTES = 1 << 28
 
 
@@ -112,7 +114,7 @@ class ByteTokenizer:
     stop_tokens: tuple[int, ...] = (EOS_ID,)
     special_tokens: Mapping[str, int] = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3}
     chat_template: str | None = None
-    file_name = "tokenizer.json"
+    file_name = "tokenizer.model"
     _first = 4
 
     def encode(self, text: str, special: bool = False) -> list[int]:
@@ -161,7 +163,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     file, config = Path(path), dict[str, Any]()
     if file.is_dir():
         folder = file
-        found = [folder / name for name in ("tokenizer.json", "tokenizer.model")]
+        found = [folder / name for name in _FOLDER_FILES]
         file = next((file for file in found if file.is_file()), found[-1])
         config = _folder_config(folder)
     name, data = f"tokenizer '{file}'", _read(file)
@@ -187,6 +189,13 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     text = data.decode()
     roles = roles_of_folder(library_tokenizer(text, name), config or _folder_config(file.parent))
     return HuggingFaceTokenizer(text, roles, name)
+
+
+def folder_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer | None:
+    """The tokenizer of a model's folder, or None where there is none."""
+    if not any((Path(folder) / name).is_file() for name in _FOLDER_FILES):
+        return None
+    return load_tokenizer(folder)
 
 
 def _read(file: Path) -> bytes:

@@ -16,9 +16,10 @@ from common.checkpoint import (
     read_model_folder,
     write_safetensors,
 )
-from common.data.tokenizers import load_tokenizer
+from common.data.tokenizers import folder_tokenizer, load_tokenizer
 from common.errors import UserError
 from common.models.decoder import Decoder, DecoderConfig
+from common.models.decoder_gguf import open_gguf
 from common.models.decoder_huggingface import (
     MULTIMODAL,
     config_from_huggingface,
@@ -40,7 +41,6 @@ from common.models.loading import (
 from common.sharding import DEFAULT_RULES, Rules, barrier
 
 PACKAGE = "common.models"
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
 def load(
@@ -57,7 +57,8 @@ def load(
     Args:
       path: a Hugging Face folder of a Gemma 2, Gemma 3 (of a multimodal one, its language model),
         Llama, Mistral, Qwen 2 or Qwen 3 (config.json and safetensors, one file or shards), a
-        workspace model folder, or the workdir of a training run (its newest checkpoint).
+        .gguf file of one of these, a workspace model folder, or the workdir of a training run (its
+        newest checkpoint).
       dtype: compute dtype.
       param_dtype: dtype the parameters are kept in; default `dtype`.
       mesh: places each parameter on its shards, without ever holding the whole model on one host.
@@ -77,7 +78,7 @@ def load(
     options: dict[str, Any] = {"dtype": dtype, "remat": remat}
     if (path / "model.json").is_file() or (path / "checkpoints").is_dir():
         return _load_workspace(path, placement, options)
-    source = _open_huggingface(path)
+    source = _open_huggingface(path) if path.is_dir() else open_gguf(path)
     model = placement.from_tensors(
         _builder(source.config, options), source.reader, source.rows, source.ignore
     )
@@ -123,6 +124,11 @@ def _builder(config: DecoderConfig, options: dict[str, Any]):
 def _open_huggingface(path: Path) -> Source:
     where = path / "config.json"
     if not where.is_file():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) == 1:
+            return open_gguf(files[0])
+        if files:
+            raise UserError(f"{path} has {len(files)} .gguf files: name one, as {files[0]}")
         raise UserError(f"{path} is no model: it has neither config.json nor model.json")
     data = read_json(where)
     config = config_from_huggingface(data, str(where))
@@ -134,13 +140,12 @@ def _open_huggingface(path: Path) -> Source:
             f"{where} states {config.num_layers} layers, but the checkpoint has only "
             f"{len(reader.keys())} tensors"
         )
-    has_tokenizer = any((path / name).is_file() for name in TOKENIZERS)
     return Source(
         config,
         reader,
         huggingface_rows(config),
         ignored(config),
-        load_tokenizer(path) if has_tokenizer else None,
+        folder_tokenizer(path),
         stop_tokens(path, data, data.get("text_config")),
     )
 
