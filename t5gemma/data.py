@@ -1,8 +1,9 @@
 """What a run trains on: text or pairs, their tokenizer, and packed rows of an objective."""
 
 import dataclasses
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +23,11 @@ from t5gemma.prefix_lm import PrefixLM
 from t5gemma.ul2 import UL2, UL2_MIXTURE, Denoiser, UL2Tokens
 
 TOKENIZER_FILE = "tokenizer.model"
-GEMMA_VOCABULARY = 256_000
+FEWEST_IDS = 8  # Three modes and five sentinels.
+MOST_SENTINELS = 96
+MOST_CHECKED = 1 << 28  # Tokens of the corpus that are looked through.
+_UNUSED = re.compile(r"[<\[]unused_?\d+[>\]]")
+_TURNS = re.compile(r"turn|im_|header|eot|unk", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +60,9 @@ class UL2Config:
 
     Attributes:
       mixture: the denoisers.
-      special: mode and sentinel ids; None takes the unused ids of Gemma 2's tokenizer for a model
-        of its size, and for others the last ids of the vocabulary, which the tokenizer must leave.
+      special: mode and sentinel ids; None takes those that the tokenizer calls unused (Gemma), or
+        the last ids of the model's vocabulary where the tokenizer leaves some, or else the
+        tokenizer's own special tokens that end no text or turn.
     """
 
     mixture: tuple[Denoiser, ...] = UL2_MIXTURE
@@ -116,7 +122,7 @@ class DataConfig:
       piece_length: most tokens of a document in one example; None: as many as always fit a row.
         Shorter pieces fill rows better.
       passes: how often the corpus goes by before UL2's spans and random splits repeat.
-      encoder_bos: begin the encoder's tokens with bos.
+      encoder_bos: begin the encoder's tokens with bos, where the tokenizer has one.
       spare_tokens: ids at the vocabulary's end that a tokenizer trained here leaves to UL2.
       tokenizer_characters: how much text a tokenizer is trained on.
     """
@@ -232,15 +238,13 @@ def make_objective(
     data: DataConfig, objective: ObjectiveConfig, tokenizer: Tokenizer, special: UL2Tokens | None
 ) -> Objective:
     """The transform of a text objective."""
-    if data.encoder_bos and tokenizer.bos_id < 0:
-        raise UserError("this tokenizer has no bos token: set data.encoder_bos=false")
-    bos = tokenizer.bos_id if data.encoder_bos else None
+    bos = tokenizer.bos_id if data.encoder_bos and tokenizer.bos_id >= 0 else None
     if objective.kind == "ul2":
         assert special is not None
         if tokenizer.eos_id < 0:
             raise UserError("UL2 needs a tokenizer with an eos token: it ends the targets")
         return UL2(bos, tokenizer.eos_id, mixture=objective.ul2.mixture, special=special)
-    if objective.kind == "distillation" and bos is None:
+    if objective.kind == "distillation" and tokenizer.bos_id >= 0 and bos is None:
         raise UserError(
             "distillation needs data.encoder_bos: the teacher's texts begin with a bos token"
         )
@@ -250,16 +254,7 @@ def make_objective(
 
 def ul2_tokens(config: UL2Config, tokenizer: Tokenizer, vocab_size: int) -> UL2Tokens:
     """UL2's ids for a tokenizer; see `UL2Config`."""
-    special = config.special
-    if special is None:
-        gemma = tokenizer.vocab_size == vocab_size == GEMMA_VOCABULARY
-        spare = vocab_size - tokenizer.vocab_size
-        if not gemma and spare < 4:
-            raise UserError(
-                f"the tokenizer uses all but {spare} of the model's {vocab_size} ids, so that none "
-                "are left for UL2: set objective.ul2.special to ids that no text has"
-            )
-        special = UL2Tokens() if gemma else UL2Tokens.above(vocab_size, min(spare - 3, 96))
+    special = config.special or _free_ids(tokenizer, vocab_size)
     if max(special.ids()) >= vocab_size:
         raise UserError(
             f"objective.ul2.special has id {max(special.ids())}, but the model's vocabulary is "
@@ -268,13 +263,48 @@ def ul2_tokens(config: UL2Config, tokenizer: Tokenizer, vocab_size: int) -> UL2T
     return special
 
 
+def _free_ids(tokenizer: Tokenizer, vocab_size: int) -> UL2Tokens:
+    """Ids that no text has; see `UL2Config`."""
+    spare = vocab_size - tokenizer.vocab_size
+    roles = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, *tokenizer.stop_tokens}
+    named = {
+        name: token
+        for name, token in tokenizer.special_tokens.items()
+        if token not in roles and not _TURNS.search(name)
+    }
+    unused = [token for name, token in named.items() if _UNUSED.fullmatch(name)]
+    for run in (_longest_run(unused), range(vocab_size - spare, vocab_size), _longest_run(named)):
+        if len(run) >= FEWEST_IDS:
+            modes = (run[0], run[1], run[2])
+            return UL2Tokens(modes, run[-1], min(len(run) - 3, MOST_SENTINELS))
+    raise UserError(
+        f"the tokenizer uses all but {spare} of the model's {vocab_size} ids, so that none are "
+        "left for UL2: set objective.ul2.special to ids that no text has"
+    )
+
+
+def _longest_run(tokens: Iterable[int] | Mapping[str, int]) -> range:
+    """The longest run of ids without a gap."""
+    ids = sorted(tokens.values() if isinstance(tokens, Mapping) else tokens)
+    best = range(0)
+    start = 0
+    for stop in range(1, len(ids) + 1):
+        if stop == len(ids) or ids[stop] != ids[stop - 1] + 1:
+            if stop - start > len(best):
+                best = range(ids[start], ids[stop - 1] + 1)
+            start = stop
+    return best
+
+
 def check_unused(special: UL2Tokens, store: TokenStore) -> None:
     """Raises if a mode or sentinel is a token of the corpus, where it would be mistaken."""
-    counts = store.target_counts()
-    for token in special.ids():
-        if token < len(counts) and counts[token]:
+    wanted = np.array(special.ids())
+    for start in range(0, min(len(store.tokens), MOST_CHECKED), 1 << 24):
+        part = store.tokens[start : start + (1 << 24)]
+        found = np.isin(wanted, part)
+        if found.any():
             raise UserError(
-                f"UL2's id {token} is a token that the corpus has {counts[token]:,} times: set "
+                f"UL2's id {wanted[found][0]} is a token that texts of the corpus have: set "
                 "objective.ul2.special to ids that no text has"
             )
 

@@ -15,6 +15,7 @@ from common.errors import UserError
 from common.launch import Run, Table, launch, write_report
 from common.launch import config as configs
 from common.launch.workdir import write_atomically
+from common.models.loading import attach_tokenizer
 from t5gemma.checkpoint import load
 from t5gemma.data import ul2_tokens
 from t5gemma.evaluation import AnswerScores, TextScore, score_answers, score_text
@@ -80,8 +81,9 @@ def _main(run: Run) -> None:
     # Fine-tuning moves by steps that bfloat16 parameters would round away.
     model = load(path, dtype=DTYPE.value, param_dtype="float32" if TRAIN.value else None)
     if TOKENIZER.value is not None:
-        model.tokenizer = load_tokenizer(TOKENIZER.value)
-        check_vocabulary(model.tokenizer, model.vocab_size)
+        tokenizer = load_tokenizer(TOKENIZER.value)
+        check_vocabulary(tokenizer, model.vocab_size)
+        attach_tokenizer(model, tokenizer)
     if model.tokenizer is None:
         raise UserError(f"there is no tokenizer beside {path}: name one with --tokenizer")
     text = answers = classes = None

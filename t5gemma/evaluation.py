@@ -66,7 +66,7 @@ def score_text(
       continuation: tokens of each piece for the decoder.
       tokens: about how many to score.
       batch: rows computed at a time.
-      encoder_bos: begin the prefix with bos.
+      encoder_bos: begin the prefix with bos, where the tokenizer has one.
       special: UL2's ids, for a model trained by it: the prefix then has the sequential mode's token
         in front and a sentinel behind, which the decoder is given and not scored on.
 
@@ -81,7 +81,8 @@ def score_text(
     if rows < 1:
         raise UserError(f"the text has {stream.size} tokens, too few for a piece of {length}")
     pieces = stream[: rows * length].reshape(rows, length)
-    head = [model.tokenizer.bos_id] if encoder_bos else []
+    bos = model.tokenizer.bos_id
+    head = [bos] if encoder_bos and bos >= 0 else []
     between: list[int] = []
     if special is not None:
         head += [] if special.modes is None else [special.modes[MODES.index("S")]]

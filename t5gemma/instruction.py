@@ -8,12 +8,12 @@ from typing import Literal
 import grain
 import numpy as np
 
-from common.data.tokenizers import Special, Tokenizer, encode_parts
+from common.data.chat import END, START
+from common.data.tokenizers import Tokenizer, encode_parts
 from common.errors import UserError
 from t5gemma.examples import Example
 from t5gemma.json_lines import Record, read_json_lines
 
-START_OF_TURN, END_OF_TURN = Special("<start_of_turn>"), Special("<end_of_turn>")
 _BATCH = 1000
 
 
@@ -64,7 +64,8 @@ class Instruction(grain.transforms.Map):
       tokenizer: of both sides.
       template: "none" takes the texts as they are; "gemma" puts the prompt in Gemma's turns and
         ends the response with its end-of-turn token.
-      encoder_bos: begin the encoder's tokens with bos, as the transformers library does.
+      encoder_bos: begin the encoder's tokens with bos, as the transformers library does, where the
+        tokenizer has one.
 
     Raises:
       UserError: the tokenizer lacks a token that is needed.
@@ -79,18 +80,20 @@ class Instruction(grain.transforms.Map):
     ):
         if template not in ("none", "gemma"):
             raise UserError(f"template is '{template}'; use none or gemma")
-        if tokenizer.eos_id < 0 or (encoder_bos and tokenizer.bos_id < 0):
-            raise UserError("instruction tuning needs a tokenizer with bos and eos tokens")
+        if tokenizer.eos_id < 0:
+            raise UserError(
+                "instruction tuning needs a tokenizer with an eos token: it ends answers"
+            )
         self._tokenizer = tokenizer
-        self._head = [tokenizer.bos_id] if encoder_bos else []
+        self._head = [tokenizer.bos_id] if encoder_bos and tokenizer.bos_id >= 0 else []
         # What stands around a prompt; "user\n" as text, for it may share a token with the prompt.
         self._opening, self._before = list[int](), ""
         self._closing, self._tail = list[int](), [tokenizer.eos_id]
         if template == "gemma":
-            self._opening, self._before = encode_parts(tokenizer, [START_OF_TURN]), "user\n"
-            answer = (END_OF_TURN, "\n", START_OF_TURN, "model\n")
+            self._opening, self._before = encode_parts(tokenizer, [START]), "user\n"
+            answer = (END, "\n", START, "model\n")
             self._closing = encode_parts(tokenizer, answer)
-            self._tail = encode_parts(tokenizer, [END_OF_TURN])
+            self._tail = encode_parts(tokenizer, [END])
 
     def map(self, element: Pair) -> Example:
         return self.of_all([element])[0]
@@ -111,8 +114,9 @@ class Instruction(grain.transforms.Map):
         """The example without what is too much: the prompt's beginning, the response's end."""
         encoder, targets = example
         if len(encoder) > encoder_length:
-            kept = encoder_length - len(self._head)
-            encoder = np.concatenate([encoder[: len(self._head)], encoder[len(encoder) - kept :]])
+            first = len(self._head) + len(self._opening)
+            kept = max(0, encoder_length - first)
+            encoder = np.concatenate([encoder[:first], encoder[len(encoder) - kept :]])
         return Example(encoder, targets[:decoder_length])
 
 

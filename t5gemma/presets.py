@@ -13,6 +13,7 @@ from common.models.decoder import GEMMA2_PATTERN, DecoderConfig
 from common.models.flops import decoder_flops
 from common.sharding import MeshConfig
 from common.train import OptimizerConfig, TrainConfig
+from common.train.task import Path
 from t5gemma.config import MODELS, T5GemmaConfig, smoke_model
 from t5gemma.config import public as public_model
 from t5gemma.data import DataConfig, ObjectiveConfig
@@ -57,12 +58,18 @@ class Config:
                 )
 
 
-def make_task(config: Config, teacher: Decoder | None = None) -> TargetTokens:
+def make_task(
+    config: Config,
+    teacher: Decoder | None = None,
+    *,
+    trains: Callable[[Path], bool] | None = None,
+) -> TargetTokens:
     """The Task of a run.
 
     Args:
       config: the run's.
       teacher: of the objective "distillation"; may be abstract where nothing is run.
+      trains: whether the parameter at a path trains, such as `adaptation.in_cross_attention`.
 
     Raises:
       UserError: the teacher does not fit the model, or the teacher's settings are out of range.
@@ -73,7 +80,7 @@ def make_task(config: Config, teacher: Decoder | None = None) -> TargetTokens:
 
     flops = functools.partial(forward_flops, config.model)
     if config.objective.kind != "distillation":
-        return TargetTokens(build, loss_chunk=config.loss_chunk, forward_flops=flops)
+        return TargetTokens(build, loss_chunk=config.loss_chunk, forward_flops=flops, trains=trains)
     settings, vocabulary = config.objective.teacher, config.model.decoder.vocab_size
     if teacher is None:
         raise UserError("distillation needs a teacher: set objective.teacher.checkpoint")
@@ -98,6 +105,7 @@ def make_task(config: Config, teacher: Decoder | None = None) -> TargetTokens:
         loss_chunk=config.loss_chunk,
         forward_flops=flops,
         teacher_flops=functools.partial(decoder_flops, teacher.config),
+        trains=trains,
     )
 
 

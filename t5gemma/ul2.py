@@ -94,12 +94,6 @@ class UL2Tokens:
         last = self.first_sentinel - self.sentinels
         return (*(self.modes or ()), *range(self.first_sentinel, last, -1))
 
-    @staticmethod
-    def above(vocab_size: int, sentinels: int = 61) -> "UL2Tokens":
-        """The last ids of a model's vocabulary, for a tokenizer with so many fewer pieces."""
-        modes = (vocab_size - 1, vocab_size - 2, vocab_size - 3)
-        return UL2Tokens(modes, vocab_size - 4, sentinels)
-
 
 class UL2(Objective):
     """Corrupts a piece by a denoiser drawn from a mixture.

@@ -127,6 +127,46 @@ def test_a_packed_rows_loss_is_the_sum_of_its_examples(examples, rows, batch, lo
     assert packed.total == pytest.approx(single.total, rel=1e-5)
 
 
+def test_a_target_depends_on_its_prefix_and_what_was_said_before_it(batch):
+    """Section 6.2, X5: on all of the prefix, on no later target, on no other example of the row."""
+    model = build(nnx.Rngs(0))
+    row = {name: x[:1] for name, x in batch.items()}
+    assert row["decoder_segments"].max() > 1, "a row of one example would show less"
+
+    @jax.jit
+    def influence(encoder_shift, decoder_shift):
+        """Losses [T] of the row where the embeddings of some tokens are moved."""
+        encode, decode = model.encoder.embed, model.decoder.embed
+        moved = nnx.merge(*nnx.split(model))
+        moved.encoder.embed = nnx.data(Moved(encode, encoder_shift))
+        moved.decoder.embed = nnx.data(Moved(decode, decoder_shift))
+        return moved.nll(decoder_hidden(moved, row), row["targets"])[0]
+
+    zero = jnp.zeros((16, STACK.width))
+    by_encoder, by_decoder = jax.jacobian(influence, (0, 1))(zero, zero)
+    by_encoder, by_decoder = (np.abs(x).sum(-1) > 1e-12 for x in (by_encoder, by_decoder))
+    encoder, decoder = (np.asarray(row[f"{s}_segments"][0]) for s in ("encoder", "decoder"))
+    real = decoder[:, None] > 0
+    np.testing.assert_array_equal(by_encoder & real, (decoder[:, None] == encoder[None]) & real)
+    earlier = np.tril(np.ones((16, 16), bool))
+    np.testing.assert_array_equal(
+        by_decoder & real, (decoder[:, None] == decoder[None]) & earlier & real
+    )
+
+
+class Moved(nnx.Module):
+    """An embedding that adds something to each place."""
+
+    def __init__(self, embed, shift):
+        self.embed, self.shift, self.table = embed, nnx.data(shift), embed.table
+
+    def encode(self, tokens):
+        return self.embed.encode(tokens) + self.shift
+
+    def decode(self, x):
+        return self.embed.decode(x)
+
+
 def test_the_teacher_reads_prefix_and_target_as_one(examples, rows, batch):
     layout = jax.device_get(teacher_layout(batch))
     for row in range(8):

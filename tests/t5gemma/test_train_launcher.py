@@ -8,14 +8,17 @@ import pytest
 from flax import nnx
 
 import t5gemma
-from common.data.tokenizers import load_tokenizer
+from common.data.tokenizers import ByteTokenizer, load_tokenizer
+from common.errors import UserError
 from common.models import Decoder, DecoderConfig, save_decoder
 from common.models.flops import decoder_flops
 from common.train import TrainConfig
 from t5gemma import train
 from t5gemma.config import smoke_model
+from t5gemma.data import UL2Config, ul2_tokens
 from t5gemma.flops import forward_flops
 from t5gemma.presets import PRESETS, make_task, smoke
+from t5gemma.ul2 import UL2Tokens
 
 # A run of seconds: the smoke preset, smaller still.
 SMALL = [
@@ -196,7 +199,7 @@ class TestRefuses:
             capsys, *arguments, "--set=objective.ul2.special.first_sentinel=300",
             "--set=objective.ul2.special.modes=445,446,447",
         )  # fmt: skip
-        assert "is a token that the corpus has" in said
+        assert "is a token that texts of the corpus have" in said
         said = fails(capsys, *arguments, "--set=objective.ul2.special.first_sentinel=900")
         assert "has id 900, but the model's vocabulary is 0..447" in said
         said = fails(capsys, *SMALL, f"--workdir={tmp_path}/other", "--set=objective.kind=ul2",
@@ -224,6 +227,30 @@ class TestRefuses:
         )  # fmt: skip
         assert f"{path}, line 2" in said
         assert not (tmp_path / "new").exists()
+
+
+class Names(ByteTokenizer):
+    """Bytes, with special tokens of these names after them."""
+
+    def __init__(self, *names):
+        self.special_tokens = {name: 260 + n for n, name in enumerate(names)}
+        self.vocab_size = 260 + len(names)
+
+
+def test_where_ul2_finds_its_ids():
+    unused = [f"<unused{n}>" for n in range(99)]
+    gemma = Names("<mask>", *unused, "<start_of_turn>", "<end_of_turn>")
+    # As in Gemma 2's tokenizer, where the first unused id is 7.
+    assert ul2_tokens(UL2Config(), gemma, gemma.vocab_size) == UL2Tokens((261, 262, 263), 359, 96)
+    special = [f"<special {n}>" for n in range(9)]
+    own = Names("<|im_start|>", *special, "<|im_end|>")
+    assert ul2_tokens(UL2Config(), own, own.vocab_size) == UL2Tokens((261, 262, 263), 269, 6)
+    # Ids that the tokenizer leaves free come before special tokens that have a use.
+    assert ul2_tokens(UL2Config(), own, 400) == UL2Tokens((271, 272, 273), 399, 96)
+    with pytest.raises(UserError, match="none are left for UL2"):
+        ul2_tokens(UL2Config(), ByteTokenizer(), 264)
+    chosen = UL2Tokens((4, 5, 6), 20, 3)
+    assert ul2_tokens(UL2Config(special=chosen), own, 300) == chosen
 
 
 def test_flops_match_the_compiler():
