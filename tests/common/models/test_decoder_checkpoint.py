@@ -79,6 +79,19 @@ def test_dtypes_and_remat(llama, tmp_path):
     )
 
 
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_language_model_of_a_multimodal_folder(tmp_path, prefix):
+    """As released, and as newer versions of the library save it."""
+    weights = sine.tensors(sine.GEMMA3)
+    whole = {name.replace("model.", prefix, 1): value for name, value in weights.items()}
+    whole["vision_tower.patch.weight"] = np.ones((3, 3), np.float32)
+    data = {"model_type": "gemma3", "text_config": sine.GEMMA3, "eos_token_id": [1, 106]}
+    model = models.load_decoder(sine.write(tmp_path / "whole", data, whole))
+    plain = models.load_decoder(sine.write(tmp_path / "plain", sine.GEMMA3))
+    assert (model.config, model.stop_tokens) == (plain.config, (1, 106))
+    assert_same(model, plain)
+
+
 @pytest.mark.parametrize("format", ["huggingface", "workspace"])
 def test_parameters_land_on_their_shards(llama, tmp_path, format):
     models.save_decoder(models.load_decoder(llama), tmp_path / "out", format)
