@@ -278,7 +278,7 @@ def config_from_huggingface(data: Mapping[str, Any], where: str) -> DecoderConfi
         raise UserError(f"{where}: attn_logit_softcapping of a {kind} model is not supported")
     named = "hidden_activation" if family.gemma else "hidden_act"
     activation = fields.get(named) or ("gelu_pytorch_tanh" if family.gemma else "silu")
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise UserError(f"{where}: {named} {activation!r} is not one of {', '.join(ACTIVATIONS)}")
     width, heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
     head_dim = fields.whole("head_dim", max(1, width // heads))

@@ -232,6 +232,7 @@ def test_mistral_window_may_be_absent():
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "not supported"),
         ({"model_type": "gemma3_text", "attn_logit_softcapping": 5.0}, "not supported"),
         ({"model_type": "gemma2", "hidden_activation": "relu"}, "'relu' is not one of gelu_pyt"),
+        ({"model_type": "gemma2", "hidden_activation": ["silu"]}, "is not one of gelu_pyt"),
         ({"model_type": "gemma2", "rms_norm_eps": "1e-6"}, "'rms_norm_eps' should be a positive"),
         ({"model_type": "gemma2", "rope_scaling": {"type": "yarn"}}, "rope type 'yarn' is not"),
         ({"model_type": "gemma2", "rope_scaling": 8}, "'rope_scaling' should be an object, not 8"),
@@ -313,8 +314,9 @@ def test_missing_shard_is_named(llama):
 def test_more_layers_than_tensors_cost_nothing(llama):
     (llama / "config.json").write_text(json.dumps({**sine.LLAMA, "num_hidden_layers": 10_000}))
     refused(llama, "states 10000 layers, but the checkpoint has only 30 tensors")
-    (llama / "config.json").write_text(json.dumps({**sine.LLAMA, "vocab_size": 90_000_000}))
-    refused(llama, r"not \[90000000, 24\]")
+    for huge in ({"vocab_size": 10**8}, {"vocab_size": 10**8, "hidden_size": 10**8}):
+        (llama / "config.json").write_text(json.dumps({**sine.LLAMA, **huge}))
+        refused(llama, r"is \[48, 24\], not \[100000000, ")
 
 
 def test_folders_that_are_no_decoders(tmp_path, llama):
