@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import t5gemma
-from common import generate
+from common import generate, models
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -312,3 +312,33 @@ def test_sharded_folder_loads_alike(saved, tmp_path):
     many = t5gemma.load(tmp_path, encoder_window="transformers")
     tokens, _ = rows([12], 12, 15)
     np.testing.assert_array_equal(logits_of(model, tokens, tokens), logits_of(many, tokens, tokens))
+
+
+def test_adapted_gemma2(tmp_path):
+    """A donor of the library: its own logits without cross attention, and an export with it."""
+    config = transformers.Gemma2Config(**stack("small", 4), attn_implementation="eager")
+    donor = transformers.Gemma2ForCausalLM(config).eval().float()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in donor.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(0.3 * noise if parameter.ndim == 1 else noise * 24**-0.5)
+    donor.save_pretrained(tmp_path / "donor")
+    source = models.load_decoder(tmp_path / "donor")
+    tokens, mask = rows([12], 12, 16)
+    written, written_mask = rows([9], 9, 17)
+    with torch.no_grad():
+        alone = donor(torch.tensor(written), use_cache=False).logits.numpy()
+    silent = t5gemma.adapt(source, cross="zero")
+    np.testing.assert_allclose(logits_of(silent, tokens, written), alone, atol=2e-5, rtol=0)
+    model = t5gemma.adapt(source)
+    t5gemma.save(model, tmp_path / "adapted", format="huggingface")
+    again = transformers.T5GemmaForConditionalGeneration.from_pretrained(
+        tmp_path / "adapted", attn_implementation="eager"
+    ).float()
+    np.testing.assert_allclose(
+        logits_of(model, tokens, written),
+        reference_logits(again, tokens, mask, written, written_mask),
+        atol=2e-5,
+        rtol=0,
+    )
