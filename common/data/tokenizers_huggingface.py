@@ -41,7 +41,11 @@ class TokenRoles:
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer of the `tokenizers` library."""
+    """A tokenizer of the `tokenizers` library.
+
+    Bytes that a vocabulary has no token for are left out of the ids, as they are everywhere that
+    such a file is read; of the public vocabularies a few lack control characters.
+    """
 
     file_name = "tokenizer.json"
 
