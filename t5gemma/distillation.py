@@ -1,14 +1,14 @@
 """A decoder-only teacher's distributions at an encoder-decoder's targets (section 3.2)."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from common.nn.table import Head, through_head
 from common.train import Batch
-
-Head = Callable[[jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,54 +61,54 @@ def distilled_nll(
     backward pass makes them again. With `top_k` it makes the student's alone.
 
     Args:
-      student, teacher: heads, `[B, C, D]` to logits `[B, C, V]`; the teacher may know fewer tokens.
+      student: its gradient is the only one.
+      teacher: may know fewer tokens than the student: the first ones.
       hidden: `[B, T, D]` of the student.
-      teacher_hidden: `[B, T, D']` of the teacher; gets no gradient.
+      teacher_hidden: `[B, T, D']` of the teacher.
       targets: `[B, T]` int32.
-      chunk: C; None, or a C that does not divide T, computes all at once.
+      chunk: see `through_head`.
       top_k: how many of the teacher's likeliest tokens count; None for all.
 
     Returns:
       Both `[B, T]` fp32 nats.
     """
-    teacher_hidden = jax.lax.stop_gradient(teacher_hidden)
-    length = targets.shape[1]
-    parts = 1 if chunk is None or length % chunk else max(1, length // chunk)
-
-    def distribution(x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Probabilities `[B, C, k]` and their tokens; all tokens in their order where None."""
-        logits = jax.lax.stop_gradient(teacher(x).astype(jnp.float32))
-        tokens = None
-        if top_k is not None:
-            logits, tokens = jax.lax.top_k(logits, top_k)
-        return jax.nn.softmax(logits), tokens
-
-    def losses(probabilities, tokens, x, y):
-        logits = student(x).astype(jnp.float32)
-        total = jax.nn.logsumexp(logits, axis=-1)
-        if tokens is None:
-            known = logits[..., : probabilities.shape[-1]]
-        else:
-            known = jnp.take_along_axis(logits, tokens, axis=-1)
-        distilled = total - jnp.sum(probabilities * known, axis=-1)
-        return distilled, total - jnp.take_along_axis(logits, y[..., None], axis=-1)[..., 0]
-
-    def whole(piece):
-        x, teacher_x, y = piece
-        return losses(*distribution(teacher_x), x, y)
-
-    if parts == 1:
-        return whole((hidden, teacher_hidden, targets))
-    split = [_split(x, parts) for x in (hidden, teacher_hidden, targets)]
+    teacher, teacher_hidden = jax.lax.stop_gradient((teacher, teacher_hidden))
     if top_k is None:
-        pair = jax.lax.map(jax.checkpoint(whole), tuple(split))
-    else:
-        found = jax.lax.map(distribution, split[1])
-        pair = jax.lax.map(jax.checkpoint(lambda p: losses(*p)), (*found, split[0], split[2]))
-    distilled, nll = (jnp.moveaxis(x, 0, 1).reshape(targets.shape) for x in pair)
-    return distilled, nll
+        rows = (targets, teacher_hidden)
+        return through_head(_of_all, hidden, student, rows, (teacher,), chunk=chunk)
+    likeliest = functools.partial(_likeliest, top_k)
+    probabilities, tokens = through_head(likeliest, teacher_hidden, teacher, chunk=chunk)
+    rows = (targets, probabilities, tokens)
+    return through_head(_of_likeliest, hidden, student, rows, chunk=chunk)
 
 
-def _split(x: jax.Array, parts: int) -> jax.Array:
-    """`[B, T, ...] -> [parts, B, T / parts, ...]`."""
-    return jnp.moveaxis(x.reshape(x.shape[0], parts, -1, *x.shape[2:]), 1, 0)
+Pair = tuple[jax.Array, jax.Array]
+
+
+def _of_all(logits: jax.Array, heads: Any, targets: jax.Array, teacher_hidden: jax.Array) -> Pair:
+    """Both losses, `[B, C]` each, from the student's logits and the teacher's features."""
+    (teacher,) = heads
+    probabilities = jax.nn.softmax(jax.lax.stop_gradient(teacher(teacher_hidden)))
+    known = logits[..., : probabilities.shape[-1]]
+    return _losses(logits, jnp.sum(probabilities * known, axis=-1), targets)
+
+
+def _of_likeliest(
+    logits: jax.Array, heads: Any, targets: jax.Array, probabilities: jax.Array, tokens: jax.Array
+) -> Pair:
+    """Both losses from the student's logits and the teacher's likeliest tokens."""
+    known = jnp.take_along_axis(logits, tokens, axis=-1)
+    return _losses(logits, jnp.sum(probabilities * known, axis=-1), targets)
+
+
+def _losses(logits: jax.Array, expected: jax.Array, targets: jax.Array) -> Pair:
+    total = jax.nn.logsumexp(logits, axis=-1)
+    # A sum over all tokens: the gradient of picking one would be scattered into zeros.
+    hit = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[..., None]
+    return total - expected, total - jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
+
+
+def _likeliest(top_k: int, logits: jax.Array, heads: Any) -> Pair:
+    """Probabilities, renormalised, and ids of the likeliest tokens, `[B, C, k]` each."""
+    values, tokens = jax.lax.top_k(logits, top_k)
+    return jax.nn.softmax(values), tokens

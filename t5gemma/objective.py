@@ -131,10 +131,10 @@ class Distillation(TargetTokens):
         read = teacher.hidden(layout.tokens, None, layout.segments)
         predicting = jnp.take_along_axis(read, layout.predictors[..., None], axis=1)
         distilled, nll = distilled_nll(
-            model.logits,
-            teacher.logits,
+            model.decoder.output,
+            teacher.output,
             decoder_hidden(model, batch),
-            jax.lax.stop_gradient(predicting),
+            predicting,
             batch["targets"],
             chunk=self._loss_chunk,
             top_k=self._top_k,

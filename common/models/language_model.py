@@ -19,7 +19,7 @@ from common.nn.embed import Embedding
 from common.nn.layout import TokenLayout, chunk_layout, end_of_chunk, sequence_layout
 from common.nn.norms import RMSNorm
 from common.nn.stack import remat, stack
-from common.nn.table import tied_nll
+from common.nn.table import Head, tied_nll
 from common.sharding import shard
 
 
@@ -243,8 +243,13 @@ class LanguageModel(nnx.Module):
 
         The logits of `chunk` positions of each row exist at a time (None: of all).
         """
-        table = self._head.table[...]
-        return tied_nll(hidden, table, targets, cap=self._capped, dtype=self.dtype, chunk=chunk)
+        head = self.output
+        return tied_nll(hidden, head.table, targets, cap=head.cap, dtype=head.dtype, chunk=chunk)
+
+    @property
+    def output(self) -> Head:
+        """What `logits` are made by, for losses of more than the next token (`through_head`)."""
+        return Head(self._head.table[...], self._capped, self.dtype)
 
     @property
     def _head(self) -> Embedding:

@@ -8,7 +8,7 @@ the table once, works through its own rows, and adds up its own gradient until t
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
 from common.nn.linear import product, product_gradients, tied_product
-from common.nn.losses import chunked_nll
+from common.nn.losses import by_chunks, joined_rows, split_rows, token_nll
 from common.sharding.rules import current_rules, partition_spec, shard
 
 Cap = Callable[[jax.Array], jax.Array]
@@ -43,6 +43,22 @@ def look_up(table: jax.Array, tokens: jax.Array, dtype: jax.typing.DTypeLike) ->
     return layout.mapped(local, (layout.table, rows), PartitionSpec(*rows, None))(table, tokens)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """What turns features into logits: `cap(x @ table.T)`.
+
+    Attributes:
+      table: `[V, D]`, with the logical axes ("vocab", "embed").
+      cap: applied to the logits; the same function at every call.
+      dtype: of the product's operands.
+    """
+
+    table: jax.Array
+    cap: Cap = dataclasses.field(metadata={"static": True})
+    dtype: jax.typing.DTypeLike = dataclasses.field(metadata={"static": True})
+
+
 def tied_nll(
     hidden: jax.Array,
     table: jax.Array,
@@ -56,26 +72,66 @@ def tied_nll(
 
     Args:
       hidden: `[B, L, D]`.
-      table: `[V, D]`, with the logical axes ("vocab", "embed").
+      table, cap, dtype: see `Head`.
       targets: `[B, L]` int32.
-      cap: applied to the logits; the same function at every call.
-      dtype: of the product's operands.
-      chunk: as for `chunked_nll`; of the positions that a device holds.
+      chunk: as for `by_chunks`; of the positions that a device holds.
 
     Returns:
       `[B, L]` fp32 nats.
     """
-    layout = _layout(table.shape, targets.shape)
+    return through_head(_nll, hidden, Head(table, cap, dtype), (targets,), chunk=chunk)
+
+
+def through_head(
+    function: Callable[..., Any],
+    hidden: jax.Array,
+    head: Head,
+    rows: Sequence[jax.Array] = (),
+    frozen: Sequence[Head] = (),
+    *,
+    chunk: int | None,
+) -> Any:
+    """`function(logits, heads, *rows)` of `chunk` positions of each row at a time.
+
+    Gradients flow to `hidden` and to the head's table, to nothing else.
+
+    Args:
+      function: maps logits `[B, C, V]`, a tuple of functions from features to logits (those of
+        `frozen`) and arrays `[B, C, ...]` to a pytree of arrays `[B, C, ...]`; the same function
+        at every call.
+      hidden: `[B, L, D]`.
+      head: makes the logits.
+      rows: `[B, L, ...]` each.
+      frozen: further heads.
+      chunk: as for `by_chunks`; of the positions that a device holds.
+
+    Returns:
+      The pytree, of `[B, L, ...]`.
+    """
+    layout = _layout(head.table.shape, hidden.shape[:2])
     if not layout.manual:
-        return chunked_nll(
-            lambda x: cap(shard(tied_product(x, table, dtype), "batch", "seq", "vocab")),
-            hidden,
-            targets,
-            chunk=chunk,
-        )
-    rows = layout.rows
-    local = functools.partial(_local_nll, cap, jnp.dtype(dtype), chunk, layout.shared)
-    return layout.mapped(local, (rows, layout.table, rows), rows)(hidden, table, targets)
+        others = tuple(functools.partial(_whole_logits, other) for other in frozen)
+
+        def of_chunk(x: jax.Array, *rows: jax.Array) -> Any:
+            return function(_whole_logits(head, x), others, *rows)
+
+        return by_chunks(of_chunk, (hidden, *rows), chunk)
+    layouts = [_layout(other.table.shape, hidden.shape[:2]) for other in frozen]
+    gathered = (layout.shared, tuple(other.shared for other in layouts))
+    local = functools.partial(_local, function, chunk, gathered)
+    tables = [dataclasses.replace(h, table=o.table) for h, o in zip(frozen, layouts)]
+    inward = (
+        layout.rows,
+        dataclasses.replace(head, table=layout.table),
+        (layout.rows,) * len(rows),
+        tuple(tables),
+    )
+    return layout.mapped(local, inward, layout.rows)(hidden, head, tuple(rows), tuple(frozen))
+
+
+def _whole_logits(head: Head, x: jax.Array) -> jax.Array:
+    """Logits by a head whose table the compiler divides."""
+    return head.cap(shard(tied_product(x, head.table, head.dtype), "batch", "seq", "vocab"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,53 +179,90 @@ def _axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (part,) if isinstance(part, str) else part or ()
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _local_nll(cap, dtype, chunk, gathered, hidden, table, targets):
-    """The rows of one device: `hidden [b, l, D]`, its part of the table, `targets [b, l]`."""
-    head = functools.partial(_logits, _kernel(table, dtype, gathered), cap, dtype)
-    return chunked_nll(head, hidden, targets, chunk=chunk)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _local(function, chunk, gathered, hidden, head, rows, frozen):
+    """The rows of one device: `hidden [b, l, D]`, its part of each table, `rows [b, l, ...]`."""
+    own, others = _gathered(head, frozen, gathered)
+
+    def of_chunk(x, *rows):
+        return function(head.cap(_logits(own, head.dtype, x)), others, *rows)
+
+    return by_chunks(of_chunk, (hidden, *rows), chunk)
 
 
-def _forward(cap, dtype, chunk, gathered, hidden, table, targets):
-    nll = _local_nll(cap, dtype, chunk, gathered, hidden, table, targets)
-    return nll, (hidden, table, targets)
+def _forward(function, chunk, gathered, hidden, head, rows, frozen):
+    result = _local(function, chunk, gathered, hidden, head, rows, frozen)
+    return result, (hidden, head, rows, frozen)
 
 
-def _backward(cap, dtype, chunk, gathered, residuals, g):
-    hidden, table, targets = residuals
-    kernel = _kernel(table, dtype, gathered)
-    batch, length = targets.shape
+def _backward(function, chunk, gathered, residuals, g):
+    hidden, head, rows, frozen = residuals
+    kernel, others = _gathered(head, frozen, gathered)
+    batch, length = hidden.shape[:2]
     parts = 1 if chunk is None or length % chunk else max(1, length // chunk)
 
     def of_chunk(d_kernel, piece):
-        x, y, g = piece
-        logits, of_capped = jax.vjp(cap, _logits(kernel, None, dtype, x))
-        # Written out: the gradient of picking the target would be scattered into zeros.
-        hit = jax.lax.broadcasted_iota(y.dtype, logits.shape, 2) == y[..., None]
-        (d_logits,) = of_capped((jax.nn.softmax(logits) - hit) * g[..., None])
-        dx, more = product_gradients(x, kernel, d_logits, dtype)
+        x, rows, g = piece
+        logits = _logits(kernel, head.dtype, x)
+        _, pull = jax.vjp(lambda logits: function(head.cap(logits), others, *rows), logits)
+        (d_logits,) = pull(g)
+        dx, more = product_gradients(x, kernel, d_logits, head.dtype)
         return d_kernel + more, dx.astype(x.dtype)
 
-    def split(x):
-        return jnp.moveaxis(x.reshape(batch, parts, length // parts, *x.shape[2:]), 1, 0)
-
     zero = jnp.zeros(kernel.shape, jnp.float32)
-    d_kernel, dx = jax.lax.scan(of_chunk, zero, (split(hidden), split(targets), split(g)))
-    if gathered:
-        d_kernel = jax.lax.psum_scatter(d_kernel, gathered, scatter_dimension=0, tiled=True)
+    split = jax.tree.map(lambda x: split_rows(x, parts), (hidden, rows, g))
+    d_kernel, dx = jax.lax.scan(of_chunk, zero, split)
+    if gathered[0]:
+        d_kernel = jax.lax.psum_scatter(d_kernel, gathered[0], scatter_dimension=0, tiled=True)
         # In the order that the look-up's gradient has, a TPU would sum it whole everywhere.
         d_kernel = with_layout_constraint(d_kernel, Layout((0, 1)))
     # Over the other axes `shard_map` sums, as over all that its specification leaves out.
-    dx = jnp.moveaxis(dx, 0, 1).reshape(hidden.shape)
-    return dx, d_kernel.T.astype(table.dtype), None
+    d_table = d_kernel.T.astype(head.table.dtype)
+    return joined_rows(dx, batch, length), dataclasses.replace(head, table=d_table), None, None
 
 
-_local_nll.defvjp(_forward, _backward)
+_local.defvjp(_forward, _backward)
 
 
-def _logits(kernel: jax.Array, cap: Cap | None, dtype, x: jax.Array) -> jax.Array:
-    logits = shard(product(x, kernel, dtype), "batch", "seq", "vocab")
-    return logits if cap is None else cap(logits)
+@jax.custom_vjp
+def _token_nll(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    return token_nll(logits, targets)
+
+
+def _token_nll_forward(logits, targets):
+    return token_nll(logits, targets), (logits, targets)
+
+
+def _token_nll_backward(residuals, g):
+    logits, targets = residuals
+    # Written out: the gradient of picking the target would be scattered into zeros.
+    hit = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[..., None]
+    return (jax.nn.softmax(logits) - hit) * g[..., None], None
+
+
+_token_nll.defvjp(_token_nll_forward, _token_nll_backward)
+
+
+def _nll(logits: jax.Array, heads: tuple[()], targets: jax.Array) -> jax.Array:
+    return _token_nll(logits, targets)
+
+
+def _gathered(head: Head, frozen: Sequence[Head], gathered) -> tuple[jax.Array, tuple[Any, ...]]:
+    """The head's whole kernel, and functions that make logits by the others'."""
+    own, shared = gathered
+    others = [
+        functools.partial(_capped, other.cap, _kernel(other.table, other.dtype, axes), other.dtype)
+        for other, axes in zip(frozen, shared)
+    ]
+    return _kernel(head.table, head.dtype, own), tuple(others)
+
+
+def _logits(kernel: jax.Array, dtype, x: jax.Array) -> jax.Array:
+    return shard(product(x, kernel, dtype), "batch", "seq", "vocab")
+
+
+def _capped(cap: Cap, kernel: jax.Array, dtype, x: jax.Array) -> jax.Array:
+    return cap(_logits(kernel, dtype, x))
 
 
 def _kernel(table: jax.Array, dtype, gathered: tuple[str, ...]) -> jax.Array:
