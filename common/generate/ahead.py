@@ -127,15 +127,15 @@ class _Parts:
             else [f"{inference.rows} rows do not divide among {groups} groups: each works on all"]
         )
 
-    def rows(self, shape: tuple[int, ...], dtype: Any, leading: int = 0) -> jax.ShapeDtypeStruct:
-        """An array of rows `[B, *shape]`, or `[*, B, *shape]` with so many leading axes."""
-        axes = (*(None,) * leading, "batch", *(None,) * (len(shape) - leading))
-        whole = (*shape[:leading], self._inference.rows, *shape[leading:])
+    def rows(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        """An array of rows `[B, *shape]`."""
+        whole = (self._inference.rows, *shape)
+        axes = ("batch", *(None,) * len(shape))
         spec = partition_spec(axes, whole, self._mesh, self._rules)
         return jax.ShapeDtypeStruct(whole, dtype, sharding=NamedSharding(self._mesh, spec))
 
     def cache(self, empty_cache: Callable[[Any], DecodeCache] | None) -> DecodeCache:
-        """An empty decode cache, its rows where the batch's are."""
+        """An empty decode cache, taken apart, its rows where the batch's are."""
         if empty_cache is None:
             rows, context = self._inference.rows, self._inference.context
             empty = jax.eval_shape(lambda: self.model.init_cache(rows, context))
@@ -144,14 +144,5 @@ class _Parts:
                 lambda state: empty_cache(nnx.merge(self.graphdef, state)), self.state
             )
 
-        def placed(leading: int) -> Callable[[Any], Any]:
-            return lambda x: self.rows(
-                (*x.shape[:leading], *x.shape[leading + 1 :]), x.dtype, leading
-            )
-
-        return type(empty)(
-            cached=placed(0)(empty.cached),
-            first=placed(0)(empty.first),
-            units=jax.tree.map(placed(1), empty.units),
-            rest=jax.tree.map(placed(0), empty.rest),
-        )
+        unrolled = jax.eval_shape(lambda cache: cache.unrolled(), empty)
+        return jax.tree.map(lambda x: self.rows(x.shape[1:], x.dtype), unrolled)

@@ -60,6 +60,12 @@ def prefill_more(graphdef: nnx.GraphDef, state: Any, tokens, valid, cache, logit
     return jnp.where(valid.any(axis=1)[:, None], new_logits, logits), cache
 
 
+@jax.jit
+def unroll(cache: Any) -> Any:
+    """A cache whose layers are arrays of their own, as `decode` wants it."""
+    return cache.unrolled()
+
+
 @functools.partial(
     jax.jit,
     static_argnames=("graphdef", "sampling", "max_new_tokens", "in_place"),
@@ -82,7 +88,9 @@ def decode(
     Args:
       graphdef, state: the model, split.
       logits: `[B, V]` of each prompt's last token (donated).
-      cache: the model's cache behind the prompts (donated).
+      cache: the model's cache behind the prompts (donated). Best one that `unroll` has taken apart,
+        which is written where it lies; stacked layers are taken apart and put together in here,
+        which holds them three times.
       key: random key; row r draws token n with `fold_in(fold_in(key, r), n)`.
       stop: `[S]` int32 tokens that end a row (-1: none).
       sampling, max_new_tokens: static.

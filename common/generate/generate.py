@@ -12,7 +12,7 @@ from flax import nnx
 from common.data.tokenizers import Tokenizer
 from common.errors import UserError
 from common.generate.beam import BeamSearch, EarlyStopping, beam_search
-from common.generate.decode import READ_IN_PLACE, begin, decode, prefill, prefill_more
+from common.generate.decode import READ_IN_PLACE, begin, decode, prefill, prefill_more, unroll
 from common.generate.sampling import Sampling
 from common.models import CausalLM, DecodeCache
 
@@ -135,6 +135,7 @@ def generate(
         )
         best = jax.tree.map(lambda x: x[:, 0], (found.tokens, found.logprobs, found.lengths))
     else:
+        cache = unroll(cache)
         loop = decode(
             graphdef,
             state,
