@@ -26,3 +26,20 @@ def test_2b_trains_on_one_host():
     # FSDP gathers the parameters and scatters their gradients: nowhere near all logits or keys.
     logits = 4096 * 256_000 * 4
     assert plan.memory.temporary < 3 * logits, plan.memory
+
+
+@pytest.mark.parametrize(
+    ("size", "where", "overrides"),
+    [
+        ("2b", "v5p:4x4x4", ("train.batch_size=64", "data.sequence_length=8192")),
+        ("9b", "v5p:4x4x4", ("train.batch_size=64", "data.sequence_length=8192")),
+        ("2b", "v5e:16x16", ("train.batch_size=256", "data.sequence_length=4096")),
+    ],
+)
+def test_pods_train(size, where, overrides):
+    """Compiled with less effort than a run's program is: the kernels, shardings and memory hold."""
+    _, [plan] = command.plans("recurrentgemma", size, where, overrides, ["train"], quick=True)
+    assert plan.fits, plan
+    assert plan.calls["tpu_custom_call"] > 0, "the recurrence and attention are kernels"
+    moved = {c.kind for c in plan.collectives}
+    assert moved >= {"all-gather", "reduce-scatter"}, "parameters are not summed whole"
