@@ -1,5 +1,6 @@
 """What `python -m common.plan` compiles of T5Gemma: training step, encoding, decode step."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -9,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from common.generate.ahead import language_programs, place_parameters
 from common.generate.decode import begin
+from common.models import Decoder
 from common.models.language_model import DecodeCache
 from common.sharding import BATCH_AXES, DEFAULT_RULES
 from common.sharding.program import Inference, Program
@@ -56,7 +58,7 @@ def _train(config: Config, devices: Sequence[jax.Device]) -> Program:
     batch["targets"] = batch["decoder_tokens"]
     batch["weights"] = jax.ShapeDtypeStruct((rows, lengths["decoder"]), jnp.float32)
     return train_program(
-        make_task(config),
+        make_task(config, _teacher(config)),
         config.train,
         batch,
         devices,
@@ -65,6 +67,22 @@ def _train(config: Config, devices: Sequence[jax.Device]) -> Program:
         recomputed_flops=_recomputed_flops(config),
         seed=config.seed,
     )
+
+
+def _teacher(config: Config) -> Decoder | None:
+    """A teacher as large as the decoder, for plans of distillation: its shape alone."""
+    if config.objective.kind != "distillation":
+        return None
+    settings = config.objective.teacher
+    shape = dataclasses.replace(config.model.decoder, dtype=settings.dtype, remat="none")
+    teacher = nnx.eval_shape(lambda: Decoder(shape, rngs=nnx.Rngs(0)))
+    state = nnx.state(teacher)
+    nnx.update(teacher, jax.tree.map(lambda x: _in(x, settings.dtype), state))
+    return teacher
+
+
+def _in(leaf: jax.ShapeDtypeStruct, dtype: str) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, dtype)
 
 
 def _recomputed_flops(config: Config) -> float:
