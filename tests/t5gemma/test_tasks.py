@@ -332,8 +332,9 @@ def test_a_run_distils_resumes_and_leaves_the_teacher_alone(rows, teacher, tmp_p
     close(params, jax.device_get(whole.state.params), atol=0)
 
 
-def test_eight_devices_equal_one(batch, teacher):
-    task = Distillation(build, teacher, top_k=8, loss_chunk=8, ground_truth=0.5)
+@pytest.mark.parametrize("top_k", [8, None])
+def test_eight_devices_equal_one(batch, teacher, top_k):
+    task = Distillation(build, teacher, top_k=top_k, loss_chunk=8, ground_truth=0.5)
     expected = value_and_grads(task, batch)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices())
     parts = ModelParts(task, 0)
