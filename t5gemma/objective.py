@@ -32,6 +32,8 @@ class TargetTokens(Task):
       trains: whether the parameter at a path trains; None trains all.
     """
 
+    unit = "targets"
+
     def __init__(
         self,
         build: Callable[[nnx.Rngs], nnx.Module],
