@@ -155,8 +155,9 @@ def _run_config(path: Path) -> Config | None:
         data = json.loads(text)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {where}: {error}") from error
-    # Other launchers of the package keep other configurations with the same model.
-    return configs.from_json(Config, text, where) if "objective" in data else None
+    # Other launchers of the package keep other configurations of the same model.
+    own = {field.name for field in dataclasses.fields(Config)}
+    return configs.from_json(Config, text, where) if own == set(data) else None
 
 
 def _text(model: T5Gemma, trained: Config | None, encoder_bos: bool) -> TextScore:
