@@ -20,7 +20,7 @@ from t5gemma.examples import CorpusExamples, Examples, Objective
 from t5gemma.instruction import Instruction, InstructionExamples, Pair, read_pairs
 from t5gemma.packing import PackedExamples
 from t5gemma.prefix_lm import PrefixLM
-from t5gemma.ul2 import UL2, UL2_MIXTURE, Denoiser, UL2Tokens
+from t5gemma.ul2 import T5GEMMA2_MIXTURE, UL2, UL2_MIXTURE, Denoiser, UL2Tokens
 
 TOKENIZER_FILE = "tokenizer.model"
 FEWEST_IDS = 8  # Three modes and five sentinels.
@@ -59,14 +59,22 @@ class UL2Config:
     """UL2; see `ul2.UL2`.
 
     Attributes:
-      mixture: the denoisers.
+      recipe: the mixture of denoisers: "ul2", of that paper, or "t5gemma2", of the next T5Gemma.
+      mixture: other denoisers, instead of the recipe's.
       special: mode and sentinel ids; None takes those that the tokenizer calls unused (Gemma), or
         the last ids of the model's vocabulary where the tokenizer leaves some, or else the
         tokenizer's own special tokens that end no text or turn.
     """
 
-    mixture: tuple[Denoiser, ...] = UL2_MIXTURE
+    recipe: Literal["ul2", "t5gemma2"] = "ul2"
+    mixture: tuple[Denoiser, ...] | None = None
     special: UL2Tokens | None = None
+
+    @property
+    def denoisers(self) -> tuple[Denoiser, ...]:
+        """The mixture that is meant."""
+        recipes = {"ul2": UL2_MIXTURE, "t5gemma2": T5GEMMA2_MIXTURE}
+        return recipes[self.recipe] if self.mixture is None else self.mixture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +251,7 @@ def make_objective(
         assert special is not None
         if tokenizer.eos_id < 0:
             raise UserError("UL2 needs a tokenizer with an eos token: it ends the targets")
-        return UL2(bos, tokenizer.eos_id, mixture=objective.ul2.mixture, special=special)
+        return UL2(bos, tokenizer.eos_id, mixture=objective.ul2.denoisers, special=special)
     if objective.kind == "distillation" and tokenizer.bos_id >= 0 and bos is None:
         raise UserError(
             "distillation needs data.encoder_bos: the teacher's texts begin with a bos token"

@@ -214,7 +214,7 @@ def _run_trial(
         )
 
     run_folder = RunFolder(folder)
-    run_folder.open(trial)
+    run_folder.open(trial, may_change=("settings.mesh",))
     trainer = Trainer(
         task,
         config,
@@ -225,8 +225,10 @@ def _run_trial(
         initial_params=initial_params,
         resume_command=resume_command,
     )
-    result = trainer.run()
-    run_folder.close()
+    try:
+        result = trainer.run()
+    finally:
+        run_folder.close()
     if result.preempted:
         return None
     lines = [line for line in read_metrics(folder) if "eval/dev/accuracy" in line]

@@ -21,6 +21,8 @@ from t5gemma.flops import forward_flops
 from t5gemma.model import T5Gemma
 from t5gemma.objective import Distillation, TargetTokens
 
+LARGE = ("2b-2b", "9b-2b", "9b-9b")
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -110,9 +112,10 @@ def make_task(
 
 
 def smoke() -> Config:
-    """Shows that everything runs: 70 k parameters, 30 steps of PrefixLM on the Python corpus.
+    """Shows that everything runs: 79 k parameters, 30 steps of PrefixLM on the Python corpus.
 
-    `python -m t5gemma.train --config=smoke --workdir=runs/t5-smoke`; 2 CPU cores, a minute.
+    `python -m t5gemma.train --config=smoke --workdir=runs/t5-smoke`; 2 CPU cores, half a minute;
+    the loss falls from 6.6 to about 5.
     """
     return Config(
         model=smoke_model(),
@@ -137,8 +140,8 @@ def smoke() -> Config:
 def cpu() -> Config:
     """About 10 M parameters, the size to try things on without an accelerator.
 
-    `python -m t5gemma.train --config=cpu --workdir=runs/t5-cpu`; add `--set objective.kind=ul2` for
-    the other objective.
+    `python -m t5gemma.train --config=cpu --workdir=runs/t5-cpu`; 2 CPU cores, two to four seconds
+    a step. `--set objective.kind=ul2` for the other objective.
     """
     stack = DecoderConfig(
         vocab_size=4096,
@@ -179,7 +182,6 @@ def public(name: str) -> Config:
     not say its learning rates: those here are proposals (section 3.4).
     """
     length, batch = 4096, 512
-    large = name in ("2b-2b", "9b-2b", "9b-9b")
     return Config(
         model=public_model(name),
         data=DataConfig(
@@ -196,7 +198,7 @@ def public(name: str) -> Config:
             eval_batches=64,
             checkpoint_every=1000,
             optimizer=OptimizerConfig(
-                learning_rate=5e-5 if large else 2e-4, warmup_steps=100, weight_decay=0.01
+                learning_rate=5e-5 if name in LARGE else 2e-4, warmup_steps=100, weight_decay=0.01
             ),
             mesh=MeshConfig(data=1, fsdp=-1, most_fsdp=16),
         ),
@@ -204,8 +206,23 @@ def public(name: str) -> Config:
     )
 
 
+def _public_preset(name: str) -> Callable[[], Config]:
+    """`public(name)` as a preset that tells its size."""
+
+    def preset() -> Config:
+        return public(name)
+
+    parameters = public_model(name).num_parameters() / 1e9
+    preset.__doc__ = (
+        f"T5Gemma {name} ({parameters:.2f} B parameters) as adapted: 4096 + 4096 tokens a row.\n\n"
+        "What it takes of an accelerator is planned by `python -m common.plan --package=t5gemma "
+        f"--config={name}`. See `public`."
+    )
+    return preset
+
+
 PRESETS: dict[str, Callable[[], Config]] = {
     "smoke": smoke,
     "cpu": cpu,
-    **{name: functools.partial(public, name) for name in MODELS if name != "smoke"},
+    **{name: _public_preset(name) for name in MODELS if name != "smoke"},
 }

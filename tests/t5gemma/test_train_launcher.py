@@ -1,5 +1,6 @@
 """`python -m t5gemma.train`, as a user types it: every objective, resuming, wrong input."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,15 +11,16 @@ from flax import nnx
 import t5gemma
 from common.data.tokenizers import ByteTokenizer, load_tokenizer
 from common.errors import UserError
+from common.launch import config as configs
 from common.models import Decoder, DecoderConfig, save_decoder
 from common.models.flops import decoder_flops
 from common.train import TrainConfig
 from t5gemma import train
 from t5gemma.config import smoke_model
-from t5gemma.data import UL2Config, ul2_tokens
+from t5gemma.data import ObjectiveConfig, UL2Config, ul2_tokens
 from t5gemma.flops import forward_flops
-from t5gemma.presets import PRESETS, make_task, smoke
-from t5gemma.ul2 import UL2Tokens
+from t5gemma.presets import PRESETS, Config, make_task, smoke
+from t5gemma.ul2 import T5GEMMA2_MIXTURE, UL2_MIXTURE, Denoiser, UL2Tokens
 
 # A run of seconds: the smoke preset, smaller still.
 SMALL = [
@@ -107,7 +109,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     "options",
     [
-        ["--set=objective.kind=ul2", "--set=data.passes=2"],
+        ["--set=objective.kind=ul2", "--set=data.passes=2", "--set=objective.ul2.recipe=t5gemma2"],
         ["--set=objective.prefix.shortest=0.2", "--set=objective.prefix.longest=0.8"],
     ],
     ids=["ul2", "random splits"],
@@ -251,6 +253,17 @@ def test_where_ul2_finds_its_ids():
         ul2_tokens(UL2Config(), ByteTokenizer(), 264)
     chosen = UL2Tokens((4, 5, 6), 20, 3)
     assert ul2_tokens(UL2Config(special=chosen), own, 300) == chosen
+
+
+def test_a_configuration_is_read_back_from_its_json():
+    """Denoisers and ids too."""
+    own = UL2Config(mixture=(Denoiser("R", 0.2, 4.0), Denoiser("S", 0.5, None, 2.0)),
+                    special=UL2Tokens(None, 20, 4))  # fmt: skip
+    config = dataclasses.replace(smoke(), objective=ObjectiveConfig(kind="ul2", ul2=own))
+    assert configs.from_json(Config, configs.to_json(config)) == config
+    assert own.denoisers == own.mixture
+    assert UL2Config().denoisers == UL2_MIXTURE
+    assert UL2Config("t5gemma2").denoisers == T5GEMMA2_MIXTURE
 
 
 def test_flops_match_the_compiler():
