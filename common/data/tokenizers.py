@@ -187,7 +187,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     if "model" not in fields:
         raise UserError(f"{name} is JSON of a kind that is not read here")
     text = data.decode()
-    roles = roles_of_folder(library_tokenizer(text, name), config or _folder_config(file.parent))
+    config = config or _folder_config(file.parent)
+    roles = roles_of_folder(library_tokenizer(text, name), config, name)
     return HuggingFaceTokenizer(text, roles, name)
 
 

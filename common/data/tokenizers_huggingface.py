@@ -4,11 +4,12 @@ A file of the workspace's own is a JSON object that holds the library's next to 
 keeps in tokenizer_config.json.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ class HuggingFaceTokenizer:
         Raises:
             UserError: The library refuses `data`, or a token of `roles` is not in it.
         """
+        self._name = name
         self._library = library_tokenizer(data, name)
         self._library.no_truncation()
         self._library.no_padding()
@@ -85,14 +87,16 @@ class HuggingFaceTokenizer:
     def encode(self, text: str, special: bool = False) -> list[int]:
         utf8(text)
         library = self._special_library() if special else self._library
-        return library.encode(text, add_special_tokens=False).ids
+        with _refusing(self._name):
+            return library.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[list[int]]:
         for text in texts:
             utf8(text)
         if threads == 1:
             return [self.encode(text) for text in texts]
-        found = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+        with _refusing(self._name):
+            found = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in found]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -126,22 +130,34 @@ class HuggingFaceTokenizer:
         write_atomically(Path(folder) / "tokenizer_config.json", data.encode() + b"\n")
 
     def _decode_known(self, tokens: np.ndarray, skip_special: bool) -> str:
-        return self._library.decode(tokens.tolist(), skip_special_tokens=skip_special)
+        with _refusing(self._name):
+            return self._library.decode(tokens.tolist(), skip_special_tokens=skip_special)
 
     def _special_library(self) -> Any:
         """The tokenizer once more, with the text of special tokens read as such."""
         if self._reads_special is None:
-            self._reads_special = Library.from_str(self._library.to_str())
+            self._reads_special = library_tokenizer(self._library.to_str(), self._name)
             self._reads_special.encode_special_tokens = False
         return self._reads_special
 
 
 def library_tokenizer(data: str, name: str) -> Any:
     """Returns the library's tokenizer of `data`; UserError where it refuses."""
-    try:
+    with _refusing(name):
         return Library.from_str(data)
-    except BaseException as error:  # Its panics are not of the class Exception.
-        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+
+
+@contextlib.contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    """Turns what the library raises, of a file that contradicts itself, into a UserError.
+
+    It looks at some parts only when they are used, and then may panic, which Python sees as an
+    exception outside of the class Exception.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException" and not isinstance(error, Exception):
             raise
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{name} is not one that the tokenizers library reads ({reason})") from None
@@ -158,20 +174,22 @@ def read_saved(data: Mapping[str, Any], name: str) -> HuggingFaceTokenizer:
     return HuggingFaceTokenizer(json.dumps(library), TokenRoles(**roles), name)
 
 
-def roles_of_folder(library: Any, config: Mapping[str, Any]) -> TokenRoles:
+def roles_of_folder(library: Any, config: Mapping[str, Any], name: str) -> TokenRoles:
     """Returns the roles that a Hugging Face folder gives its tokens.
 
     Args:
         library: The tokenizer of its tokenizer.json, which knows whether texts get a beginning.
         config: Its tokenizer_config.json, `{}` if there is none.
+        name: Stands in error messages.
     """
     bos = _content(config.get("bos_token"))
     if "add_bos_token" in config:
         begins = config["add_bos_token"] is True
     else:
         # Asked with a text, not without one: some put their end behind the beginning.
-        plain = library.encode("a", add_special_tokens=False).ids
-        framed = library.encode("a", add_special_tokens=True).ids
+        with _refusing(name):
+            plain = library.encode("a", add_special_tokens=False).ids
+            framed = library.encode("a", add_special_tokens=True).ids
         first = library.id_to_token(framed[0]) if len(framed) > len(plain) else None
         begins = first is not None and first == (bos or first) and framed[:1] != plain[:1]
         bos = first if begins else bos

@@ -55,7 +55,10 @@ class SentencePieceTokenizer:
             proto.trainer_spec.bos_piece = ""
             model = proto.SerializeToString()
         self._model = model
-        found = [p for p in proto.pieces if p.type == _USER_DEFINED and SPECIAL.fullmatch(p.piece)]
+        named = [piece for piece in proto.pieces if piece.type in (_USER_DEFINED, _CONTROL)]
+        if not all(isinstance(piece.piece, str) for piece in named):  # Bytes if it is not UTF-8.
+            raise UserError(f"{name} is not a SentencePiece model")
+        found = [p for p in named if p.type == _USER_DEFINED and SPECIAL.fullmatch(p.piece)]
         for piece in found:
             piece.type = _CONTROL
         self._hardened = bool(found)
@@ -160,6 +163,8 @@ class SentencePieceTokenizer:
             if token >= 0
         }
         config["add_bos_token"] = self.bos_id >= 0
+        # Which of theirs puts a space in front of a text, or none.
+        config["tokenizer_class"] = "LlamaTokenizer" if self._prefix else "GemmaTokenizer"
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
         data = json.dumps(config, indent=2, ensure_ascii=False)
@@ -314,7 +319,7 @@ def _messages() -> Any:
 def _processor(model: bytes, name: str) -> Any:
     try:
         return _import_sentencepiece().SentencePieceProcessor(model_proto=model)
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeDecodeError) as error:  # Of its message, which quotes a piece.
         raise UserError(f"{name} is not a SentencePiece model") from error
 
 

@@ -174,6 +174,20 @@ HOSTILE = {
     "id too large": (json.dumps(model(vocab={"a": 4_000_000_000})), "which cannot be"),
     "id negative": (json.dumps(model(vocab={"a": -1})), "not one that the tokenizers"),
     "empty": (json.dumps(model(vocab={})), "which cannot be"),
+    "a beginning that is not there": (
+        json.dumps(
+            model()
+            | {
+                "post_processor": {
+                    "type": "TemplateProcessing",
+                    "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}],
+                    "pair": [],
+                    "special_tokens": {},
+                }
+            }
+        ),
+        "not one that the tokenizers",
+    ),
     "saved, without parts": (
         json.dumps({"format": "tenfold-tokenizer", "version": 1}),
         "is damaged",
