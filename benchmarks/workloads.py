@@ -200,10 +200,10 @@ def _decode_attention(tiny: bool) -> list[Workload]:
         settings = [(2, 24, 2, 1, 16)]
     found = []
     for batch, keys, heads, kv_heads, width in settings:
-        shapes = (batch, 1, heads, width), *[(batch, keys, kv_heads, width)] * 2
+        shapes = (batch, 1, heads, width), *[(batch, kv_heads, keys, width)] * 2
 
         def operands(shapes: Any = shapes) -> tuple[jax.Array, ...]:
-            batch, keys = shapes[1][:2]
+            batch, keys = shapes[1][0], shapes[1][2]
             return *_normal(*shapes, dtype=jnp.bfloat16), jnp.full((batch,), keys, jnp.int32)
 
         found.append(
@@ -214,7 +214,9 @@ def _decode_attention(tiny: bool) -> list[Workload]:
                 operands,
                 lambda form: lambda *x: kernels.decode_attention(*x, implementation=form),
                 {  # every cache is full
-                    name: lambda q, k, v, _, peer=peer: peer(q, k, v)
+                    name: lambda q, k, v, _, peer=peer: peer(
+                        q, *(jnp.swapaxes(x, 1, 2) for x in (k, v))
+                    )
                     for name, peer in _jax_attention(None, causal=False).items()
                 },
                 flops=4.0 * batch * keys * heads * width,

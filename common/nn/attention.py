@@ -15,9 +15,11 @@ from common.nn.param import Initializer
 from common.nn.rope import RopeScaling, rope
 from common.sharding import per_shard, shard, ways
 
-# Logical axes of queries `[B, T, K, N / K, h]` and of keys `[B, S, K, h]`.
+# Logical axes of queries `[B, T, K, N / K, h]`, keys `[B, S, K, h]`, cached keys `[B, K, R, h]`.
 QUERIES = ("batch", "seq", "kv_heads", None, None)
 KEYS = ("batch", None, "kv_heads", None)
+CACHED = ("batch", "kv_heads", None, None)
+_TILE, _SMALL = 16, 128
 
 
 @jax.tree_util.register_dataclass
@@ -26,8 +28,8 @@ class AttentionState:
     """Ring of the last R keys and values; position p of a document lies in slot p mod R.
 
     Attributes:
-      keys: `[B, R, K, h]`, already rotated, in the compute dtype.
-      values: `[B, R, K, h]`.
+      keys: `[B, K, R, h]`, already rotated, in the compute dtype.
+      values: `[B, K, R, h]`.
     """
 
     keys: jax.Array
@@ -125,14 +127,16 @@ class Attention(nnx.Module):
     def init_state(self, batch: int, capacity: int | None) -> AttentionState:
         """An empty ring for documents of at most `capacity` tokens (None: any, given a window).
 
-        A window of W keys needs W - 1 slots: the query brings its own key.
+        A window of W keys needs W - 1 slots: the query brings its own key. Large rings get up to 15
+        more, so that their number is a multiple of 16.
         """
         if not self.causal:
             raise ValueError("bidirectional attention has no decode cache")
         limits = [n for n in (capacity, self.before) if n is not None]
         if not limits:
             raise ValueError("attention without a window needs a cache capacity")
-        shape = (batch, max(1, min(limits)), self.num_kv_heads, self.head_dim)
+        slots = whole_tiles(max(1, min(limits)))
+        shape = (batch, self.num_kv_heads, slots, self.head_dim)
         return AttentionState(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
 
     def _heads(self, x: jax.Array, axis: str) -> jax.Array:
@@ -192,7 +196,7 @@ class Attention(nnx.Module):
             starts = jnp.maximum(starts, layout.positions[:, 0] - self.before)
         starts = jnp.where(segments[:, 0] == 0, starts, cached)  # A new document sees no old one.
 
-        def local(q, keys, values, k, v, cached, starts) -> jax.Array:
+        def local(q, k, v, keys, values, cached, starts) -> jax.Array:
             out = decode_attention(
                 q.reshape(*q.shape[:2], -1, self.head_dim),
                 keys,
@@ -209,38 +213,53 @@ class Attention(nnx.Module):
         keys, values = state.keys.astype(self.dtype), state.values.astype(self.dtype)
         out = per_shard(
             local,
-            (*grouped_heads(q, keys, values, k, v), cached, starts),
-            (query, KEYS, KEYS, KEYS, KEYS, row, row),
+            (*grouped_heads(q, k, v, cached=(keys, values)), cached, starts),
+            (query, KEYS, KEYS, CACHED, CACHED, row, row),
             query,
         )
         return out.reshape(q.shape)
 
     def _attend_chunk(self, q, k, v, layout: TokenLayout, state: AttentionState) -> jax.Array:
         """A chunk of queries against the ring, unrolled oldest first, and the chunk itself."""
-        slots = state.keys.shape[1]
+        slots = state.keys.shape[2]
         cached, first, segments = _continued(layout)
         order = (cached[:, None] + jnp.arange(slots)[None]) % slots  # [B, R]
         held = cached[:, None] - slots + jnp.arange(slots)[None]
         owner = jnp.where(held >= first[:, None], 0, -1)
-        old_k = jnp.take_along_axis(state.keys, order[..., None, None], axis=1)
-        old_v = jnp.take_along_axis(state.values, order[..., None, None], axis=1)
-        keys = jnp.concatenate([old_k.astype(k.dtype), k], axis=1)
-        values = jnp.concatenate([old_v.astype(v.dtype), v], axis=1)
+
+        def behind(ring: jax.Array, own: jax.Array) -> jax.Array:
+            old = jnp.take_along_axis(ring, order[:, None, :, None], axis=2)
+            return jnp.concatenate([jnp.swapaxes(old, 1, 2).astype(own.dtype), own], axis=1)
+
+        keys, values = behind(state.keys, k), behind(state.values, v)
         return self._attend(q, keys, values, segments, jnp.concatenate([owner, segments], axis=1))
 
 
-def grouped_heads(q: jax.Array, *keys: jax.Array) -> tuple[jax.Array, ...]:
-    """`q [B, T, N, h]` -> `[B, T, K, N / K, h]`, and arrays `[B, S, K, h]` to lie with it.
+def whole_tiles(slots: int) -> int:
+    """Returns how many slots to keep for at least so many keys.
 
+    A TPU keeps cached keys in the order in which its kernel reads them if their slots fill whole
+    tiles; others would be copied before every token. Small caches are not worth it.
+    """
+    return slots + -slots % _TILE if slots > _SMALL else slots
+
+
+def grouped_heads(
+    q: jax.Array, *keys: jax.Array, cached: tuple[jax.Array, ...] = ()
+) -> tuple[jax.Array, ...]:
+    """`q [B, T, N, h]` -> `[B, T, K, N / K, h]`, and what is to lie with it.
+
+    That is keys and values `[B, S, K, h]` of the sequence, then `cached` ones `[B, K, R, h]`.
     Where a mesh cuts the queries' heads finer than there are key heads, K counts copies too,
     one for each device that needs it: no device then holds more than it works on.
     """
-    kv_heads = keys[0].shape[2]
+    kv_heads = keys[0].shape[2] if keys else cached[0].shape[1]
     parts = ways("kv_heads")
     copies = parts // math.gcd(parts, kv_heads)
     if q.shape[2] // kv_heads % copies:
         copies = 1
-    repeated = [jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in keys]
+    placed = [(x, 2) for x in keys] + [(x, 1) for x in cached]
+    repeated = [jnp.repeat(x, copies, axis=axis) if copies > 1 else x for x, axis in placed]
     return q.reshape(*q.shape[:2], kv_heads * copies, -1, q.shape[-1]), *repeated
 
 
@@ -268,12 +287,13 @@ def _write(
     state: AttentionState, k: jax.Array, v: jax.Array, layout: TokenLayout
 ) -> AttentionState:
     """The ring after the chunk: a slot takes the last document's newest token that maps to it."""
-    slots, length = state.keys.shape[1], k.shape[1]
+    slots, length = state.keys.shape[2], k.shape[1]
     if length == 1 and layout.lengths is None:
-        row = jnp.arange(k.shape[0])
-        slot = layout.positions[:, 0] % slots
-        keys = state.keys.at[row, slot].set(k[:, 0].astype(state.keys.dtype))
-        values = state.values.at[row, slot].set(v[:, 0].astype(state.values.dtype))
+        # One by one, lest the compiler turn the ring so that a slot's heads lie together.
+        row, head = jnp.arange(k.shape[0])[:, None], jnp.arange(k.shape[2])[None]
+        at = (row, head, layout.positions % slots)
+        keys = state.keys.at[at].set(k[:, 0].astype(state.keys.dtype))
+        values = state.values.at[at].set(v[:, 0].astype(state.values.dtype))
         return AttentionState(keys, values)
     cached, _, _ = _continued(layout)
     lengths = jnp.full_like(cached, length) if layout.lengths is None else layout.lengths
@@ -283,7 +303,9 @@ def _write(
     source = last - (newest - held)  # index in the chunk of the token with that position
     taken = (source >= 0) & (lengths[:, None] > 0)
     source = jnp.clip(source, 0)[..., None, None]
-    pick = taken[..., None, None]
-    keys = jnp.where(pick, jnp.take_along_axis(k, source, axis=1), state.keys)
-    values = jnp.where(pick, jnp.take_along_axis(v, source, axis=1), state.values)
-    return AttentionState(keys.astype(state.keys.dtype), values.astype(state.values.dtype))
+
+    def written(ring: jax.Array, new: jax.Array) -> jax.Array:
+        new = jnp.swapaxes(jnp.take_along_axis(new, source, axis=1), 1, 2)
+        return jnp.where(taken[:, None, :, None], new.astype(ring.dtype), ring)
+
+    return AttentionState(written(state.keys, k), written(state.values, v))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from common.kernels import attention, decode_attention
-from common.nn.attention import KEYS, QUERIES, grouped_heads
+from common.nn.attention import CACHED, KEYS, QUERIES, grouped_heads, whole_tiles
 from common.nn.linear import Linear
 from common.nn.norms import RMSNorm
 from common.nn.param import Initializer
@@ -20,8 +20,8 @@ class CrossKeys:
     """What one layer needs of the other sequence to decode: computed once, never written again.
 
     Attributes:
-      keys: `[B, S, K, h]` in the compute dtype.
-      values: `[B, S, K, h]`.
+      keys: `[B, K, S, h]` in the compute dtype.
+      values: `[B, K, S, h]`.
       lengths: `[B]` int32 number of real tokens at the head of each row; the rest is padding.
     """
 
@@ -120,7 +120,10 @@ class CrossAttention(nnx.Module):
 
     def keys(self, states: jax.Array, lengths: jax.Array) -> CrossKeys:
         """What decoding needs of `states [B, S, De]`, whose rows have `lengths [B]` real ones."""
-        return CrossKeys(*self._keys(states), lengths)
+        length = states.shape[1]
+        padding = ((0, 0), (0, 0), (0, whole_tiles(length) - length), (0, 0))
+        keys, values = (jnp.pad(jnp.swapaxes(x, 1, 2), padding) for x in self._keys(states))
+        return CrossKeys(keys, values, lengths)
 
     def _keys(self, states: jax.Array) -> tuple[jax.Array, jax.Array]:
         keys = self._heads(self.k(states), "kv_heads")
@@ -154,11 +157,13 @@ class CrossAttention(nnx.Module):
 
     def _attend_chunk(self, q: jax.Array, memory: CrossKeys) -> jax.Array:
         """Several queries a row over cached keys. Queries are a set: n rows of T are one of n T."""
-        batch, length = memory.keys.shape[:2]
+        batch, _, length, _ = memory.keys.shape
         together = q.reshape(batch, -1, *q.shape[2:])
         seen = jnp.arange(length)[None] < memory.lengths[:, None]
         own = jnp.zeros(together.shape[:2], jnp.int32)
-        keys, values = memory.keys.astype(self.dtype), memory.values.astype(self.dtype)
+        keys, values = (
+            jnp.swapaxes(x.astype(self.dtype), 1, 2) for x in (memory.keys, memory.values)
+        )
         out = self._attend(together, keys, values, own, jnp.where(seen, 0, -1))
         return out.reshape(q.shape)
 
@@ -166,7 +171,8 @@ class CrossAttention(nnx.Module):
         """One query a row over cached keys; rows that share keys count as more heads of a group."""
         batch = memory.keys.shape[0]
         keys, values = memory.keys.astype(self.dtype), memory.values.astype(self.dtype)
-        grouped, keys, values = grouped_heads(q, keys, values)  # [n B, 1, K, G, h]
+        # [n B, 1, K, G, h]
+        grouped, keys, values = grouped_heads(q, cached=(keys, values))
         beams = q.shape[0] // batch
         kv_heads, group = grouped.shape[2:4]
         folded = grouped.reshape(batch, beams, kv_heads, group, self.head_dim)
@@ -186,7 +192,10 @@ class CrossAttention(nnx.Module):
 
         query = ("batch", None, *QUERIES[2:])
         out = per_shard(
-            local, (folded, keys, values, memory.lengths), (query, KEYS, KEYS, ("batch",)), query
+            local,
+            (folded, keys, values, memory.lengths),
+            (query, CACHED, CACHED, ("batch",)),
+            query,
         )
         out = out.reshape(batch, kv_heads, beams, group, self.head_dim)
         return jnp.swapaxes(out, 1, 2).reshape(q.shape)

@@ -137,7 +137,7 @@ def test_states_after_prefill(model):
     recurrent, _, attention = cache.units
     near(recurrent.h[0, 0, :4], [-0.23034, -0.18466, -0.13204, -0.06996])
     near(recurrent.conv[0, 0, :, 0], [-0.07795, 0.33048, 0.30306])
-    near(attention.keys[0, 0, :, 0, 0], [-0.00501, 0.19107, 0.20972, 0.10069])
+    near(attention.keys[0, 0, 0, :, 0], [-0.00501, 0.19107, 0.20972, 0.10069])
     assert cache.cached.tolist() == [10, 10]
     near(cache.rest[0].h[0, :4], [-0.23123, -0.26561, -0.26302, -0.24041])
     near(cache.rest[0].conv[0, :, 0], [0.21110, 0.19216, 0.18879])

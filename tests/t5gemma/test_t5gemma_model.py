@@ -186,10 +186,10 @@ def test_rows_that_share_what_was_read(model, expected):
 def test_empty_cache_has_the_right_size(model):
     cache = model.read(SOURCES, SOURCE_VALID, max_length=TARGET)
     local, whole = cache.units
-    assert local.own.keys.shape == (1, BATCH, WINDOW - 1, 2, 8)
-    assert whole.own.keys.shape == (1, BATCH, TARGET, 2, 8)
+    assert local.own.keys.shape == (1, BATCH, 2, WINDOW - 1, 8)
+    assert whole.own.keys.shape == (1, BATCH, 2, TARGET, 8)
     # Cross attention is never windowed.
-    assert local.memory.keys.shape == whole.memory.keys.shape == (1, BATCH, SOURCE, 2, 8)
+    assert local.memory.keys.shape == whole.memory.keys.shape == (1, BATCH, 2, SOURCE, 8)
 
 
 def loss_and_gradient(config: T5GemmaConfig):

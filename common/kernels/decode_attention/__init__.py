@@ -38,8 +38,9 @@ def decode_attention(
 
     Args:
         q: Queries `[B, T, H, h]`, few: one, or the drafts to be verified.
-        keys: `[B, S, K, h]`, `H` a multiple of `K`.
-        values: `[B, S, K, h]`.
+        keys: `[B, K, S, h]`, `H` a multiple of `K`: each head's keys lie together, as every
+            accelerator reads them.
+        values: `[B, K, S, h]`.
         lengths: `[B]` int32 number of tokens that went into each row's cache.
         new: Keys and values of the queries' own tokens, `[B, T, K, h]` each, if they are not in the
             cache yet: query `t` then stands at position `lengths + t`. Without, the queries are
@@ -60,7 +61,7 @@ def decode_attention(
     check_implementation("decode_attention", implementation)
     _check(q, keys, values, lengths, new, starts, window)
     batch, queries, heads, width = q.shape
-    kv_heads = keys.shape[2]
+    kv_heads = keys.shape[1]
     options = Options(
         float(width**-0.5 if scale is None else scale),
         None if softcap is None else float(softcap),
@@ -132,11 +133,11 @@ def _check(
 ) -> None:
     if q.ndim != 4 or keys.ndim != 4 or keys.shape != values.shape:
         raise UserError(
-            "decode_attention needs q [B, T, H, h] and keys, values [B, S, K, h]; got"
+            "decode_attention needs q [B, T, H, h] and keys, values [B, K, S, h]; got"
             f" {q.shape}, {keys.shape} and {values.shape}"
         )
     batch, queries, heads, width = q.shape
-    kv_heads = keys.shape[2]
+    kv_heads = keys.shape[1]
     if keys.shape[0] != batch or keys.shape[3] != width:
         raise UserError(
             f"decode_attention needs q and keys alike in batch and head width; got {q.shape} and"

@@ -50,15 +50,15 @@ def attention(
     *,
     interpret: bool,
 ) -> jax.Array:
-    """Returns `[B, T, K, G, h]` from q `[B, T, K, G, h]` and keys, values `[B, S, K, h]`."""
+    """Returns `[B, T, K, G, h]` from q `[B, T, K, G, h]` and keys, values `[B, K, S, h]`."""
     batch, queries, kv_heads, group, width = q.shape
-    slots = keys.shape[1]
+    slots = keys.shape[2]
     fitting = min(128, max(_LEAST, _BLOCK_BYTES // (width * keys.dtype.itemsize)))
     default = {"keys": fitting, "least": 128, "warps": 4, "stages": 3}
     shape = {"S": slots, "K": kv_heads, "h": width}
     blocks = tuning.blocks(Path(__file__).parent, "forward", keys.dtype, shape, default)
     block = blocks["keys"]
-    keys, values = (round_up(x, 1, block) if slots < block else x for x in (keys, values))
+    keys, values = (round_up(x, 2, block) if slots < block else x for x in (keys, values))
     shares = max(1, min(_PROGRAMS // (batch * kv_heads), slots // blocks["least"]))
     plan = _Plan(options, slots, queries, group, block, shares, new is None)
     own = ring.own_positions(lengths, queries, new)
@@ -68,7 +68,7 @@ def attention(
     taken = rows.shape[2]
     padded = pl.next_power_of_2(max(taken, _LEAST))
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, padded - taken), (0, 0)))
-    cached = pl.BlockSpec((None, keys.shape[1], None, width), lambda n, k, b: (b, 0, k, 0))
+    cached = pl.BlockSpec((None, None, keys.shape[2], width), lambda n, k, b: (b, k, 0, 0))
     out, log_sum = pl.pallas_call(
         functools.partial(_kernel, plan),
         grid=(shares, kv_heads, batch),

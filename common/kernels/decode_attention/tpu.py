@@ -1,6 +1,6 @@
 """Decode attention for TPUs (Pallas, Mosaic): one pass over the blocks of the ring that are filled.
 
-The cache is read as it lies, `[B, S * K, h]`: all heads' keys of a block are scored by all queries,
+The cache is read as it lies, `[B, K, S, h]`: all heads' keys of a block are scored by all queries,
 and pairs of unlike heads masked. Few queries leave the matrix unit idle either way, and the memory,
 which sets the pace, is read in whole blocks. Where a row's tokens lie is read ahead into scalar
 memory, so that the steps beyond them read nothing.
@@ -22,6 +22,7 @@ from common.kernels.decode_attention import own_keys, ring
 from common.kernels.decode_attention.ring import Options
 
 _LANES = 128
+_SUBLANES = 16  # of a tile in 16 bits; in 32 bits they are 8
 
 
 def unfit(q: jax.Array, keys: jax.Array) -> str | None:
@@ -44,23 +45,23 @@ def attention(
     *,
     interpret: bool,
 ) -> jax.Array:
-    """Returns `[B, T, K, G, h]` from q `[B, T, K, G, h]` and keys, values `[B, S, K, h]`."""
+    """Returns `[B, T, K, G, h]` from q `[B, T, K, G, h]` and keys, values `[B, K, S, h]`."""
     batch, queries, kv_heads, group, width = q.shape
-    slots = keys.shape[1]
+    slots = keys.shape[2]
     plan = _plan(options, q, keys, own_in_cache=new is None)
     own = ring.own_positions(lengths, queries, new)
     low = ring.lowest(options, lengths, starts, own, slots)
     first, count = ring.blocks(low, lengths, slots, plan.block)
-    rows, columns = kv_heads * queries * group, plan.block * kv_heads
+    rows = kv_heads * queries * group
     merged = own_keys.rows_of(q).reshape(batch, rows, width)
     constants = _constants(plan, kv_heads, queries, group)
 
     def cache_block(b: Any, n: Any, first: Any, count: Any, *_: Any) -> tuple:
         step = jnp.maximum(jnp.minimum(n, count[b] - 1), 0)
-        return b, lax.rem(first[b] + step, plan.blocks), 0
+        return b, 0, lax.rem(first[b] + step, plan.blocks), 0
 
     row = pl.BlockSpec((None, rows, width), lambda b, n, *_: (b, 0, 0))
-    cached = pl.BlockSpec((None, columns, width), cache_block)
+    cached = pl.BlockSpec((None, kv_heads, plan.block, width), cache_block)
     out, log_sum = pl.pallas_call(
         functools.partial(_kernel, plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -89,8 +90,8 @@ def attention(
     )(
         *(x.astype(jnp.int32) for x in (first, count, lengths, low)),
         merged,
-        keys.reshape(batch, slots * kv_heads, width),
-        values.reshape(batch, slots * kv_heads, width),
+        keys,
+        values,
         *constants,
     )
     shape = (batch, kv_heads, queries * group)
@@ -119,13 +120,15 @@ class _Plan(NamedTuple):
 
 
 def _plan(options: Options, q: jax.Array, keys: jax.Array, *, own_in_cache: bool) -> _Plan:
-    _, slots, kv_heads, width = keys.shape
+    _, kv_heads, slots, width = keys.shape
     # Half a megabyte of keys keeps the memory busy while little lies idle at a row's end.
     default = {"rows": 2**19 // (width * keys.dtype.itemsize)}
     shape = {"S": slots, "K": kv_heads, "h": width}
     rows = tuning.blocks(Path(__file__).parent, "forward", keys.dtype, shape, default)["rows"]
     block = max(1, rows // kv_heads // _LANES) * _LANES
-    return _Plan(options, slots, kv_heads, q.shape[1], min(block, slots), own_in_cache)
+    # Whole tiles of keys, so that the heads of a block are merged where they lie.
+    whole = -(-slots // _SUBLANES) * _SUBLANES
+    return _Plan(options, slots, kv_heads, q.shape[1], min(block, whole), own_in_cache)
 
 
 def _constants(plan: _Plan, kv_heads: int, queries: int, group: int) -> tuple[np.ndarray, ...]:
@@ -134,8 +137,8 @@ def _constants(plan: _Plan, kv_heads: int, queries: int, group: int) -> tuple[np
     The division that they take is dear in a kernel.
     """
     rows = np.indices((kv_heads, queries, group)).reshape(3, -1)
-    columns = np.indices((plan.block, kv_heads)).reshape(2, -1)
-    return rows[:2].T.astype(np.int32), columns[::-1].astype(np.int32)
+    columns = np.indices((kv_heads, plan.block)).reshape(2, -1)
+    return rows[:2].T.astype(np.int32), columns.astype(np.int32)
 
 
 def _kernel(
@@ -166,7 +169,9 @@ def _kernel(
     @pl.when(step < count[b])
     def _() -> None:
         start = lax.rem(first[b] + step, plan.blocks) * plan.block
-        scores, _ = flash.scores(q[...], keys[...], plan.options.scale, plan.options.softcap)
+        k, v = keys[...], values[...]
+        k = k.reshape(-1, k.shape[-1])
+        scores, _ = flash.scores(q[...], k, plan.options.scale, plan.options.softcap)
         seen = _seen(plan, start, lengths[b], lows[b], rows[...], columns[...])
         scores = jnp.where(seen, scores, -jnp.inf)
         old = maximum[...]
@@ -176,11 +181,10 @@ def _kernel(
         weights = jnp.exp2(scores - base[:, :1])
         maximum[...] = new
         total[...] = shrink * total[...] + jnp.sum(weights, axis=1, keepdims=True)
-        v = values[...]
         if plan.slots % plan.block:  # What lies beyond the ring is anything, even NaN.
-            left = (plan.slots - start) * plan.kv_heads
-            inside = lax.broadcasted_iota(jnp.int32, v.shape, 0) < left
+            inside = lax.broadcasted_iota(jnp.int32, v.shape, 1) < plan.slots - start
             v = jnp.where(inside, v, jnp.zeros_like(v))
+        v = v.reshape(-1, v.shape[-1])
         weighted[...] = shrink[:, :1] * weighted[...] + flash.contract(weights, v, (1, 0))
 
     @pl.when(step == plan.blocks - 1)

@@ -20,15 +20,15 @@ def attention(
     starts: jax.Array,
     new: tuple[jax.Array, jax.Array] | None,
 ) -> jax.Array:
-    """Returns `[B, T, K, G, h]` from q `[B, T, K, G, h]` and keys, values `[B, S, K, h]`."""
+    """Returns `[B, T, K, G, h]` from q `[B, T, K, G, h]` and keys, values `[B, K, S, h]`."""
     batch, queries, kv_heads, group, width = q.shape
     rows = rows_of(q)
     own = ring.own_positions(lengths, queries, new)
-    slots = keys.shape[1]
+    slots = keys.shape[2]
     allowed = ring.visible(options, lengths, starts, own, slots)
     wide = {"preferred_element_type": jnp.float32}
     # The ring as the left operand is read as it lies; as the right one it would be transposed.
-    logits = jnp.swapaxes(jnp.einsum("bskh,bkmh->bksm", keys.astype(q.dtype), rows, **wide), 2, 3)
+    logits = jnp.swapaxes(jnp.einsum("bksh,bkmh->bksm", keys.astype(q.dtype), rows, **wide), 2, 3)
     if new is not None:
         latest = jnp.einsum("bkmh,bukh->bkmu", rows, new[0], **wide)
         logits = jnp.concatenate([logits, latest], axis=-1)
@@ -42,7 +42,7 @@ def attention(
     if new is None:
         weights = jnp.where(allowed, weights, 0.0)
     weights = weights.astype(q.dtype)
-    out = jnp.einsum("bkms,bskh->bkmh", weights[..., :slots], values.astype(q.dtype), **wide)
+    out = jnp.einsum("bkms,bksh->bkmh", weights[..., :slots], values.astype(q.dtype), **wide)
     if new is not None:
         out = out + _latest(weights[..., slots:], new[1])
     out = out.astype(q.dtype).reshape(batch, kv_heads, queries, group, width)

@@ -109,7 +109,13 @@ def test_vmap_and_full_precision_compile(name):
 
 @pytest.mark.parametrize("name", DEVICES)
 @pytest.mark.parametrize(
-    "shape", [(8, 1, 2048, 10, 1, 256), (8, 1, 8192, 32, 8, 128), (4, 5, 1000, 8, 4, 128)]
+    "shape",
+    [
+        (8, 1, 2048, 10, 1, 256),
+        (8, 1, 8192, 32, 8, 128),
+        (4, 5, 1000, 8, 4, 128),
+        (16, 1, 4096, 8, 4, 256),
+    ],
 )
 def test_decoding_reads_the_cache_as_it_lies(shape, name):
     """No copy of the cache: the program's own memory is small beside it."""
@@ -121,7 +127,7 @@ def test_decoding_reads_the_cache_as_it_lies(shape, name):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=alone)
 
     q, own = array(batch, queries, heads, width), array(batch, queries, kv_heads, width)
-    cache, lengths = array(batch, slots, kv_heads, width), array(batch, dtype=jnp.int32)
+    cache, lengths = array(batch, kv_heads, slots, width), array(batch, dtype=jnp.int32)
 
     def step(q, keys, values, lengths, k, v):
         return decode_attention(q, keys, values, lengths, new=(k, v), window=slots + 1)
@@ -192,10 +198,10 @@ def test_a_sharded_layer_decodes(name):
     with use_mesh(mesh):
         graph, parameters = abstract_layer(mesh, 2)
         rows = batch_sharding(mesh)
-        heads = NamedSharding(mesh, P(("data", "fsdp"), None, "tensor"))
+        heads = NamedSharding(mesh, P(("data", "fsdp"), "tensor"))
         x = jax.ShapeDtypeStruct((batch, 1, 1024), jnp.bfloat16, sharding=rows)
         cached = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=rows)
-        ring = jax.ShapeDtypeStruct((batch, 512, 2, 128), jnp.bfloat16, sharding=heads)
+        ring = jax.ShapeDtypeStruct((batch, 2, 512, 128), jnp.bfloat16, sharding=heads)
 
         def step(parameters, x, cached, keys, values):
             layout = chunk_layout(x[..., 0], cached, cached, None, None, fresh=False)

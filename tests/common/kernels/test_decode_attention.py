@@ -32,7 +32,7 @@ CASES = {
 def draw(batch, queries, slots, heads, kv_heads, width, lengths, options, seed=0):
     rng = np.random.default_rng(seed)
     q = rng.normal(size=(batch, queries, heads, width))
-    keys, values = rng.normal(size=(2, batch, slots, kv_heads, width))
+    keys, values = rng.normal(size=(2, batch, kv_heads, slots, width))
     options = dict(options)
     if options.get("new") is NEW:
         options["new"] = tuple(rng.normal(size=(2, batch, queries, kv_heads, width)))
@@ -46,14 +46,14 @@ def oracle(
 ):
     """Attends one query and head at a time to the keys that the docstring lists."""
     batch, queries, heads, width = q.shape
-    slots, kv_heads = keys.shape[1:3]
+    kv_heads, slots = keys.shape[1:3]
     out = np.zeros(q.shape)
     for b, t, head in np.ndindex(batch, queries, heads):
         k = head // (heads // kv_heads)
         own = lengths[b] + t if new is not None else lengths[b] - queries + t
         oldest = own - window + 1 if window is not None else 0
         first = max(0, lengths[b] - slots, oldest, 0 if starts is None else starts[b])
-        seen = [(keys[b, p % slots, k], values[b, p % slots, k])
+        seen = [(keys[b, k, p % slots], values[b, k, p % slots])
                 for p in range(first, lengths[b]) if p <= own]  # fmt: skip
         if new is not None:
             seen += [(new[0][b, u, k], new[1][b, u, k])
@@ -111,7 +111,9 @@ def test_empty_slots_are_never_read_into_the_result(name):
     arrays, options = draw(2, 1, 2304, 2, 1, 128, [100, 1200], {})
     q, keys, values, lengths = arrays
     clean = run(arrays, options, implementation=name)
-    values[0, 1024:] = np.nan  # Whole blocks: within one, the unseen are masked, which NaN passes.
+    values[0, :, 1024:] = (
+        np.nan
+    )  # Whole blocks: within one, the unseen are masked, which NaN passes.
     np.testing.assert_array_equal(
         run((q, keys, values, lengths), options, implementation=name)[0], clean[0]
     )
@@ -159,7 +161,7 @@ def test_blocks_hold_every_visible_position():
     ],
 )
 def test_mistakes_are_named(changes, message):
-    shapes = {"q": (2, 1, 4, 8), "keys": (2, 9, 2, 8), "lengths": (2,)}
+    shapes = {"q": (2, 1, 4, 8), "keys": (2, 2, 9, 8), "lengths": (2,)}
     arrays = {n: jnp.zeros(changes.get(n, s)) for n, s in shapes.items()}
     arrays["lengths"] = arrays["lengths"].astype(int)
     options = {n: changes[n] for n in ("window", "implementation") if n in changes}

@@ -117,9 +117,9 @@ def test_prefill_chunks_and_single_tokens_equal_the_whole(loaded, family):
 
 def test_caches_are_rings_of_the_window_and_grow_with_the_text_else(loaded):
     cache = loaded["gemma3"].init_cache(2, 32)
-    assert [state.keys.shape[2] for state in cache.units] == [3, 3, 32]
-    assert [state.keys.shape[1] for state in cache.rest] == [3]
-    assert [state.keys.shape[2] for state in loaded["gemma2"].init_cache(2, 32).units] == [3, 32]
+    assert [state.keys.shape[3] for state in cache.units] == [3, 3, 32]
+    assert [state.keys.shape[2] for state in cache.rest] == [3]
+    assert [state.keys.shape[3] for state in loaded["gemma2"].init_cache(2, 32).units] == [3, 32]
 
 
 @pytest.mark.parametrize("family", VARIED)

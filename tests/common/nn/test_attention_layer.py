@@ -8,7 +8,7 @@ from flax import nnx
 
 import common.nn.attention as layers
 from common.kernels import attention
-from common.nn.attention import Attention
+from common.nn.attention import Attention, whole_tiles
 from common.nn.layout import chunk_layout, sequence_layout
 from common.sharding import MeshConfig, make_mesh, use_mesh
 
@@ -202,3 +202,8 @@ def test_norms_scale_and_biases_equal_the_formula():
     weights /= weights.sum(-1, keepdims=True)
     expected = np.einsum("nts,snh->tnh", weights, projected(module.v)).reshape(length, 16)
     np.testing.assert_allclose(out[0], expected @ np.asarray(module.o.kernel[...]), atol=2e-5)
+
+
+@pytest.mark.parametrize(("needed", "slots"), [(1, 1), (100, 100), (129, 144), (2048, 2048)])
+def test_large_rings_fill_whole_tiles(needed, slots):
+    assert whole_tiles(needed) == slots

@@ -100,7 +100,7 @@ def test_it_decodes(name, beams):
     batch, length = 2, 16_384
     with use_mesh(mesh):
         graph, parameters = abstract_layer(mesh)
-        heads = arrays(mesh, "data", None, "tensor")((batch, length, KV_HEADS, HEAD), jnp.bfloat16)
+        heads = arrays(mesh, "data", "tensor")((batch, KV_HEADS, length, HEAD), jnp.bfloat16)
 
         def step(parameters, x, keys, values, lengths):
             return nnx.merge(graph, parameters)(x, CrossKeys(keys, values, lengths))

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from common.checkpoint.store import load_params, save_params
 from common.errors import UserError
 from common.sharding import MeshConfig
 from common.train import Trainer, TrainResult, read_metrics
+from common.train.preemption import Preemption
 
 PROGRAM = Path(tiny_task.__file__)
 
@@ -148,15 +150,22 @@ def test_a_signal_saves_within_one_step_and_says_how_to_resume(whole, tmp_path, 
     assert trace(tmp_path) == trace(whole)
 
 
-def test_a_second_signal_ends_the_run_at_once(tmp_path):
+def test_a_second_signal_ends_the_run_at_once(tmp_path, monkeypatch):
+    noticed, handle = threading.Event(), Preemption._handle
+
+    def handle_and_tell(*arguments: Any) -> None:
+        handle(*arguments)
+        noticed.set()
+
     class Impatient(Batches):
         def __next__(self) -> dict[str, np.ndarray]:
             if self.index == 4:
-                for _ in range(2):
-                    os.kill(os.getpid(), signal.SIGINT)
-                    time.sleep(0.1)  # Two at once would count as one.
+                os.kill(os.getpid(), signal.SIGINT)
+                assert noticed.wait(60)  # Two at once would count as one.
+                os.kill(os.getpid(), signal.SIGINT)
             return super().__next__()
 
+    monkeypatch.setattr(Preemption, "_handle", handle_and_tell)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, Impatient())
 
