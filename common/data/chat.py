@@ -21,12 +21,13 @@ def chat_prompt(turns: str | Sequence[Turn]) -> str:
 
 
 def chat_tokens(turns: str | Sequence[Turn], tokenizer: Tokenizer) -> list[int]:
-    """`chat_prompt` as tokens after the beginning of a text.
+    """`chat_prompt` as tokens, after that of a text's beginning if the tokenizer has one.
 
     The turns' borders are tokens of their own, and what stands between them is text alone: a
     message cannot end its turn by spelling the token that would.
     """
-    return [tokenizer.bos_id, *encode_parts(tokenizer, _parts(turns))]
+    beginning = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
+    return [*beginning, *encode_parts(tokenizer, _parts(turns))]
 
 
 def _parts(turns: str | Sequence[Turn]) -> list[str | Special]:
