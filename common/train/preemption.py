@@ -45,8 +45,12 @@ class Preemption:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._asked:
+            before = self._before[signal.Signals(number)]
             self.__exit__()
+            if before is signal.SIG_IGN:  # As shells start what runs in the background.
+                raise KeyboardInterrupt
             signal.raise_signal(number)
+            return
         self._asked = True
         if self._distributed:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -150,7 +150,10 @@ def test_a_signal_saves_within_one_step_and_says_how_to_resume(whole, tmp_path, 
     assert trace(tmp_path) == trace(whole)
 
 
-def test_a_second_signal_ends_the_run_at_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_second_signal_ends_the_run_at_once(tmp_path, monkeypatch, before):
+    """However the process was started: a shell lets those in the background ignore SIGINT."""
+    inherited = signal.signal(signal.SIGINT, before)
     noticed, handle = threading.Event(), Preemption._handle
 
     def handle_and_tell(*arguments: Any) -> None:
@@ -166,8 +169,12 @@ def test_a_second_signal_ends_the_run_at_once(tmp_path, monkeypatch):
             return super().__next__()
 
     monkeypatch.setattr(Preemption, "_handle", handle_and_tell)
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, Impatient())
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, Impatient())
+        assert signal.getsignal(signal.SIGINT) == before
+    finally:
+        signal.signal(signal.SIGINT, inherited)
 
 
 def test_damage_to_the_newest_checkpoint_costs_its_steps_alone(whole, tmp_path, caplog):
