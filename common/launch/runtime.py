@@ -37,6 +37,8 @@ def start(package: str, debug: bool = False, alone: bool = True) -> None:
             f"unset {' and '.join(found.variables)} for it"
         )
     others = peers.watch(found, debug) if found is not None else None
+    if not debug:
+        logging.getLogger("jax._src.xla_bridge").addFilter(_shorten_plugin_error)
     set_up_logging(package, debug)
     initialize_distributed()
     use_compilation_cache()
@@ -45,6 +47,19 @@ def start(package: str, debug: bool = False, alone: bool = True) -> None:
         set_up_logging(package, debug, jax.process_index(), jax.process_count())
     if others is not None:
         others.join()
+
+
+def _shorten_plugin_error(record: logging.LogRecord) -> bool:
+    """A line for JAX's page about a plugin that does not start; nothing where no GPU is missed.
+
+    Such plugins are there to compile for GPUs on machines that have none (`make compile`).
+    """
+    text = record.getMessage()
+    if "plugin configuration error" not in text:
+        return True
+    record.exc_info, record.exc_text, record.args = None, None, ()
+    record.msg = text.partition("\n")[0]
+    return Path("/dev/nvidiactl").exists()
 
 
 def set_up_logging(package: str, debug: bool = False, process: int = 0, processes: int = 1) -> None:
