@@ -1,0 +1,1 @@
+"""DINOv2: self-supervised vision transformers, their training, features and evaluation."""

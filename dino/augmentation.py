@@ -1,0 +1,58 @@
+"""Multi-crop augmentation: two global and several local views of an image."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class CropConfig:
+    """The views of an image, as DINOv2 was trained.
+
+    Attributes:
+        global_size: Side of a global crop in pixels.
+        global_scale: Least and largest share of the image's area in a global crop.
+        local_size: Side of a local crop in pixels.
+        local_scale: The same share for a local crop.
+        local_crops: How many local crops an image has.
+        aspect: Least and largest width by height of what is cut out.
+        flip: Probability of a horizontal flip.
+        jitter: Probability that brightness, contrast, saturation and hue change at all.
+        brightness, contrast, saturation: Largest change of each as a factor's distance from 1.
+        hue: Largest turn of the hue, 1 being the whole circle.
+        grayscale: Probability that the colours go.
+        blur: How often crops are blurred: first global, second global, local. "as_trained" is
+            0, 0.9 and 0.5, which the published weights have seen; "intended" is 1, 0.1 and 0.5,
+            which the recipe describes and the reference's code inverts.
+        solarize: Probability, for the second global crop, that values from 128 up are inverted.
+    """
+
+    global_size: int = 224
+    global_scale: tuple[float, float] = (0.32, 1.0)
+    local_size: int = 98
+    local_scale: tuple[float, float] = (0.05, 0.32)
+    local_crops: int = 8
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    jitter: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    grayscale: float = 0.2
+    blur: Literal["as_trained", "intended"] = "as_trained"
+    solarize: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "jitter", "grayscale", "solarize"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)} is not a probability")
+        for name in ("global_scale", "local_scale"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"{name} {low}, {high} is not two ascending shares of an area")
+        if not 0 < self.aspect[0] <= self.aspect[1]:
+            raise ValueError(f"aspect {self.aspect} is not two ascending numbers above 0")
+        if min(self.global_size, self.local_size) < 1 or self.local_crops < 0:
+            raise ValueError("crops have at least one pixel, and there are not fewer than none")
+        if min(self.brightness, self.contrast, self.saturation) < 0 or not 0 <= self.hue <= 0.5:
+            raise ValueError("colours change by 0 or more, the hue by at most 0.5")
