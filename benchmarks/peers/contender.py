@@ -1,4 +1,4 @@
-"""What every contender of the RecurrentGemma benchmark offers."""
+"""What every contender of a model's benchmark offers."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,15 +15,15 @@ class Setting:
     """One measurement.
 
     Attributes:
-        task: "prefill" reads the context into a cache, "decode" writes behind it, "train" makes one
-            step of AdamW.
+        task: What is done; the benchmark's docstring says what each means. "train" makes one step
+            of AdamW.
         dtype: Compute dtype. Inference keeps its parameters in it, training in float32.
         batch: Rows.
         context: Tokens of a row.
-        new_tokens: Tokens that a decoding repeat writes in each row.
+        new_tokens: Tokens that a repeat which writes texts writes in each row.
     """
 
-    task: Literal["prefill", "decode", "train"]
+    task: str
     dtype: Literal["float32", "bfloat16"]
     batch: int
     context: int

@@ -10,16 +10,11 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.peers.contender import Run, Setting
+from benchmarks.peers.trainer_step import trainer_step
 from common.generate.decode import decode, prefill
 from common.generate.sampling import Sampling
-from common.sharding import MeshConfig, make_mesh
 from common.train.language import NextToken
-from common.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from common.train.state import ModelParts, abstract_train_state, init_state, shardings_of
-from common.train.step import make_train_step
 from recurrentgemma import Griffin, GriffinConfig
-
-_STEPS = 10_000
 
 
 class Tenfold:
@@ -107,20 +102,6 @@ class Tenfold:
     def _train(self, setting: Setting, tokens: np.ndarray) -> Run:
         config = dataclasses.replace(self._config, dtype=setting.dtype)
         task = NextToken(lambda rngs: Griffin(config, rngs=rngs), loss_chunk=self._loss_chunk)
-        parts = ModelParts(task, seed=0)
-        settings = OptimizerConfig(schedule="constant")
-        optimizer = make_optimizer(settings, _STEPS, parts.decays)
-        # One device: the peers know no other.
-        mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-        abstract = abstract_train_state(parts, optimizer, mesh)
-        step = make_train_step(parts, optimizer, learning_rate(settings, _STEPS), mesh, abstract)
-        # As the trainer begins: the step compiles once. It takes the parameters over.
-        first = jax.jit(
-            lambda params: init_state(parts, optimizer, params),
-            out_shardings=shardings_of(abstract),
-            donate_argnums=0,
-        )
-        state = first(jax.tree.map(jnp.copy, self._params))
         rows = tokens[:, :-1].shape
         batch = {
             "tokens": tokens[:, :-1],
@@ -129,12 +110,4 @@ class Tenfold:
             "segment_ids": np.ones(rows, np.int32),
             "weights": np.ones(rows, np.float32),
         }
-
-        def run() -> float:
-            nonlocal state
-            start = time.perf_counter()
-            state, metrics = step(state, batch)
-            jax.block_until_ready((state, metrics))
-            return time.perf_counter() - start
-
-        return run
+        return trainer_step(task, self._params, batch)

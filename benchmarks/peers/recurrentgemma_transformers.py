@@ -1,7 +1,6 @@
 """The transformers library's side of the RecurrentGemma benchmark."""
 
 import copy
-import os
 import time
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 import transformers
 
 from benchmarks.peers.contender import Run, Setting
+from benchmarks.peers.torch_step import torch_step, use_all_cores
 
 
 class Transformers:
@@ -18,7 +18,7 @@ class Transformers:
     compile_seconds = 0.0
 
     def __init__(self, folder: Path):
-        torch.set_num_threads(os.cpu_count() or 1)
+        use_all_cores()
         self._model = transformers.RecurrentGemmaForCausalLM.from_pretrained(
             folder, dtype=torch.float32
         ).eval()
@@ -38,7 +38,12 @@ class Transformers:
     def prepare(self, setting: Setting, tokens: np.ndarray) -> Run:
         rows = torch.tensor(tokens.astype(np.int64))
         if setting.task == "train":
-            return self._train(setting, rows)
+            return torch_step(
+                copy.deepcopy(self._model),
+                lambda model: model(rows[:, :-1], use_cache=False).logits,
+                rows[:, 1:],
+                setting.dtype,
+            )
         model = copy.deepcopy(self._model).to(getattr(torch, setting.dtype))
         if setting.task == "prefill":
             return lambda: _prefill(model, rows[:, :-1])[2]
@@ -46,26 +51,6 @@ class Transformers:
 
     def close(self) -> None:
         del self._model
-
-    def _train(self, setting: Setting, rows: torch.Tensor) -> Run:
-        model = copy.deepcopy(self._model).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, fused=True)
-        mixed = setting.dtype == "bfloat16"
-
-        def run() -> float:
-            start = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-                logits = model(rows[:, :-1], use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(
-                logits.float().flatten(0, 1), rows[:, 1:].flatten()
-            )
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            return time.perf_counter() - start
-
-        return run
 
 
 @torch.inference_mode()
