@@ -1,4 +1,4 @@
-"""Gated feed-forward layer (GeGLU, SwiGLU)."""
+"""Feed-forward layers: gated (GeGLU, SwiGLU) and plain."""
 
 import functools
 from collections.abc import Callable
@@ -17,6 +17,11 @@ def gelu_tanh(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=True)
 
 
+def gelu_exact(x: jax.Array) -> jax.Array:
+    """GELU by the error function, as vision transformers use it."""
+    return jax.nn.gelu(x, approximate=False)
+
+
 class GatedMLP(nnx.Module):
     """`y = (act(x W[:, 0] + b[0]) * (x W[:, 1] + b[1])) W_down + b_down` (Griffin, section 2.2).
 
@@ -31,12 +36,13 @@ class GatedMLP(nnx.Module):
         *,
         activation: Callable[[jax.Array], jax.Array] = gelu_tanh,
         use_bias: bool = False,
+        up_init: Initializer | None = None,
         down_init: Initializer | None = None,
         dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         # Fan-in is D alone: the axis of size 2 is a batch of maps, not an input.
-        init = fan_in_normal(in_axis=0, batch_axis=(1,))
+        init = up_init or fan_in_normal(in_axis=0, batch_axis=(1,))
         self.up = param(rngs, init, (width, 2, hidden), ("embed", None, "mlp"))
         self.up_bias = param(rngs, zeros, (2, hidden), (None, "mlp")) if use_bias else None
         self.down = Linear(
@@ -68,3 +74,46 @@ def _gate(activation: Callable[[jax.Array], jax.Array], both: jax.Array) -> jax.
     """
     gate, linear = jnp.split(both, 2, axis=-2)
     return jnp.squeeze(activation(gate) * linear, axis=-2)
+
+
+class MLP(nnx.Module):
+    """`y = act(x W_up + b_up) W_down + b_down`."""
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        *,
+        activation: Callable[[jax.Array], jax.Array] = gelu_exact,
+        use_bias: bool = True,
+        init: Initializer | None = None,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.up = Linear(
+            width,
+            hidden,
+            axes=("embed", "mlp"),
+            use_bias=use_bias,
+            init=init,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.down = Linear(
+            hidden,
+            width,
+            axes=("mlp", "embed"),
+            use_bias=use_bias,
+            init=init,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, T, D] -> [B, T, D]`; the activation is computed in fp32."""
+        hidden = product(x, self.up.kernel[...], self.up.dtype)
+        if self.up.bias is not None:
+            hidden = hidden + self.up.bias[...].astype(jnp.float32)
+        hidden = self.activation(hidden).astype(self.up.dtype)
+        return self.down(shard(hidden, "batch", "seq", "mlp"))

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation in fp32."""
+"""Normalisation over the last dimension, in fp32."""
 
 import jax
 import jax.numpy as jnp
@@ -28,3 +28,21 @@ class RMSNorm(nnx.Module):
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
         scale = self.scale[...].astype(jnp.float32) + (1.0 if self.zero_centred else 0.0)
         return (x32 * inverse * scale).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """`(x - mean) / sqrt(variance + eps) * scale + bias`, over the last dimension."""
+
+    def __init__(self, width: int, *, epsilon: float = 1e-6, rngs: nnx.Rngs):
+        self.scale = param(rngs, ones, (width,), (None,))
+        self.bias = param(rngs, zeros, (width,), (None,))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., D] -> [..., D]`: statistics and products in fp32, the result in x's dtype."""
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(variance + self.epsilon)
+        y = y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype)
