@@ -1,8 +1,5 @@
 """`python -m recurrentgemma.train`: pretrains on a corpus, resumes, reports."""
 
-import dataclasses
-import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +8,10 @@ import jax
 
 from common.data.pipeline import batches, evaluation_batches
 from common.errors import UserError
-from common.launch import Figure, Run, RunFolder, Table, launch, line_from_metrics, write_report
-from common.launch.workdir import write_atomically
+from common.launch import Run, RunFolder, launch
+from common.launch.training_report import report_language_training
 from common.sharding import check_same, first_process_first, local_rows, make_mesh
-from common.train import Trainer, TrainResult, check_config, read_metrics
+from common.train import Trainer, TrainResult, check_config
 from recurrentgemma.config import PRESETS, Config
 from recurrentgemma.data import TextData, check_data, prepare_data
 from recurrentgemma.objective import GriffinTask
@@ -84,51 +81,19 @@ def train(config: Config, workdir: Path, resume_command: str | None = None) -> T
 
 
 def _report(config: Config, data: TextData, folder: RunFolder, result: TrainResult) -> None:
-    """Writes curves and the table of results, and prints the headline."""
-    rows = read_metrics(folder.path)
-    unigram = data.unigram_loss()
-    heldout = result.metrics["eval/heldout/loss"]
-    train_line = line_from_metrics(rows, "loss", "training")
-    curves = Figure(
-        "loss",
-        "Loss",
-        "step",
-        "nats per token",
-        [
-            train_line,
-            line_from_metrics(rows, "eval/heldout/loss", "held-out"),
-            dataclasses.replace(
-                train_line, label="unigram, held-out", y=[unigram] * len(train_line.x), dashed=True
-            ),
-        ],
-        caption="The dashed line is the held-out loss of token frequencies alone.",
-    )
     tokens = result.step * config.train.batch_size * config.data.sequence_length
-    table = Table(
-        "Result",
-        ("measure", "value"),
-        [
+    report_language_training(
+        folder,
+        result,
+        title="RecurrentGemma training run",
+        text=f"Trained on the {config.data.corpus.kind} corpus; settings in ../config.json.",
+        unit="token",
+        unigram=data.unigram_loss(),
+        rows=[
             ("parameters", f"{config.model.num_parameters():,}"),
             ("steps", f"{result.step:,}"),
             ("tokens trained on", f"{tokens:,}"),
-            ("held-out loss, nats per token", f"{heldout:.4f}"),
-            ("held-out perplexity", f"{math.exp(min(heldout, 50.0)):.2f}"),
-            ("unigram loss, nats per token", f"{unigram:.4f}"),
         ],
-    )
-    write_report(
-        folder.report,
-        "RecurrentGemma training run",
-        text=f"Trained on the {config.data.corpus.kind} corpus; settings in ../config.json.",
-        tables=[table],
-        figures=[curves],
-    )
-    results = {"step": result.step, "heldout_loss": heldout, "unigram_loss": unigram}
-    write_atomically(folder.report / "summary.json", json.dumps(results, indent=2) + "\n")
-    print(f"report: {folder.report / 'README.md'}")
-    print(
-        f"held-out loss {heldout:.4f} nats per token after {tokens:,} tokens; "
-        f"token frequencies alone {unigram:.4f}"
     )
 
 

@@ -30,6 +30,7 @@ class TargetTokens(Task):
       loss_chunk: positions of a row whose logits exist at a time; None for all.
       forward_flops: FLOPs of the forward pass as a function of B, S and T.
       trains: whether the parameter at a path trains; None trains all.
+      trains_from: after how many updates the parameter at a path begins to change; None: at once.
     """
 
     unit = "targets"
@@ -41,9 +42,11 @@ class TargetTokens(Task):
         loss_chunk: int | None = None,
         forward_flops: ForwardFlops | None = None,
         trains: Callable[[Path], bool] | None = None,
+        trains_from: Callable[[Path], int] | None = None,
     ):
         self._build = build
         self._trains = trains
+        self._trains_from = trains_from
         self._loss_chunk = loss_chunk
         self._forward_flops = forward_flops
 
@@ -59,6 +62,9 @@ class TargetTokens(Task):
     def trainable(self, path: Path, variable: nnx.Variable) -> bool:
         chosen = self._trains is None or self._trains(path)
         return chosen and super().trainable(path, variable)
+
+    def trains_from(self, path: Path, variable: nnx.Variable) -> int:
+        return 0 if self._trains_from is None else self._trains_from(path)
 
     def decays(self, path: Path, variable: nnx.Variable) -> bool:
         """Matrices but for the embedding tables, most rows of which a batch does not touch."""
@@ -86,7 +92,7 @@ class Distillation(TargetTokens):
       top_k: distil the teacher's k likeliest tokens, renormalised, which are found before the
         backward pass; None distils all of its distribution.
       ground_truth: share of the ordinary cross-entropy in the loss, from 0 to 1.
-      loss_chunk, forward_flops, trains: see `TargetTokens`.
+      loss_chunk, forward_flops, trains, trains_from: see `TargetTokens`.
       teacher_flops: FLOPs of the teacher's forward pass as a function of B and L.
     """
 
@@ -101,8 +107,15 @@ class Distillation(TargetTokens):
         forward_flops: ForwardFlops | None = None,
         teacher_flops: Callable[[int, int], float] | None = None,
         trains: Callable[[Path], bool] | None = None,
+        trains_from: Callable[[Path], int] | None = None,
     ):
-        super().__init__(build, loss_chunk=loss_chunk, forward_flops=forward_flops, trains=trains)
+        super().__init__(
+            build,
+            loss_chunk=loss_chunk,
+            forward_flops=forward_flops,
+            trains=trains,
+            trains_from=trains_from,
+        )
         if not 0.0 <= ground_truth <= 1.0:
             raise ValueError(f"ground_truth is a share from 0 to 1, not {ground_truth}")
         if top_k is not None and not 1 <= top_k <= teacher.vocab_size:

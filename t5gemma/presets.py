@@ -65,6 +65,7 @@ def make_task(
     teacher: Decoder | None = None,
     *,
     trains: Callable[[Path], bool] | None = None,
+    trains_from: Callable[[Path], int] | None = None,
 ) -> TargetTokens:
     """The Task of a run.
 
@@ -72,6 +73,7 @@ def make_task(
       config: the run's.
       teacher: of the objective "distillation"; may be abstract where nothing is run.
       trains: whether the parameter at a path trains, such as `adaptation.in_cross_attention`.
+      trains_from: after how many updates the parameter at a path begins to change.
 
     Raises:
       UserError: the teacher does not fit the model, or the teacher's settings are out of range.
@@ -82,7 +84,13 @@ def make_task(
 
     flops = functools.partial(forward_flops, config.model)
     if config.objective.kind != "distillation":
-        return TargetTokens(build, loss_chunk=config.loss_chunk, forward_flops=flops, trains=trains)
+        return TargetTokens(
+            build,
+            loss_chunk=config.loss_chunk,
+            forward_flops=flops,
+            trains=trains,
+            trains_from=trains_from,
+        )
     settings, vocabulary = config.objective.teacher, config.model.decoder.vocab_size
     if teacher is None:
         raise UserError("distillation needs a teacher: set objective.teacher.checkpoint")
@@ -108,6 +116,7 @@ def make_task(
         forward_flops=flops,
         teacher_flops=functools.partial(decoder_flops, teacher.config),
         trains=trains,
+        trains_from=trains_from,
     )
 
 

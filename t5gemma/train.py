@@ -1,9 +1,7 @@
 """`python -m t5gemma.train`: trains an encoder-decoder by any objective, resumes, reports."""
 
 import dataclasses
-import json
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +10,16 @@ from flax import nnx
 
 from common.checkpoint.store import CheckpointStore
 from common.data.pipeline import batches, evaluation_batches
+from common.data.tokenizers import Tokenizer
 from common.data.unigram import count_targets, unigram_cross_entropy
 from common.errors import UserError
-from common.launch import Figure, Run, RunFolder, Table, launch, line_from_metrics, write_report
+from common.launch import Run, RunFolder, launch
 from common.launch import config as configs
-from common.launch.workdir import write_atomically
+from common.launch.training_report import report_language_training
 from common.models import Decoder, load_decoder
 from common.sharding import check_same, first_process_first, local_rows, make_mesh
-from common.train import Trainer, TrainResult, check_config, read_metrics
+from common.train import Trainer, TrainResult, check_config
+from common.train.task import Path as ParameterPath
 from common.train.task import PureDict
 from t5gemma.checkpoint import load
 from t5gemma.data import TrainingData, check_data, discard_data, prepare_data
@@ -49,6 +49,24 @@ MAY_CHANGE = (
 _COUNTED_ROWS = 4096
 
 
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """What a run needs that no configuration holds.
+
+    Attributes:
+      model: whose parameters a new run begins with; None for fresh ones, or a run that is resumed.
+      teacher: of distillation.
+      facts: what the report's table says of them.
+    """
+
+    model: T5Gemma | None = None
+    teacher: Decoder | None = None
+    facts: Sequence[tuple[str, Any]] = ()
+
+
+Begin = Callable[[RunFolder, TrainingData], Beginning]
+
+
 def train(config: Config, workdir: Path, resume_command: str | None = None) -> TrainResult:
     """Trains in `workdir` from where it stands, and writes the report.
 
@@ -58,14 +76,50 @@ def train(config: Config, workdir: Path, resume_command: str | None = None) -> T
     mesh = make_mesh(config.train.mesh)
     check_config(config.train, mesh)
     config, start = resolve(config, workdir, mesh)
+    beginning = [Beginning(start, load_teacher(config, mesh))]
+    make_task(config, beginning[0].teacher)  # Refuses before anything is written.
+    return run(
+        config,
+        workdir,
+        # Handed over: the run's memory is not to hold it beside its own parameters.
+        lambda folder, data: beginning.pop(),
+        tokenizer=None if start is None else start.tokenizer,
+        resume_command=resume_command,
+    )
+
+
+def run(
+    config: Config,
+    workdir: Path,
+    begin: Begin,
+    *,
+    may_change: Sequence[str] = MAY_CHANGE,
+    tokenizer: Tokenizer | None = None,
+    trains_from: Callable[[ParameterPath], int] | None = None,
+    title: str = "T5Gemma training run",
+    resume_command: str | None = None,
+) -> TrainResult:
+    """Trains in `workdir` what `begin` gives, and writes the report.
+
+    Args:
+      config: the run's; its model's shape is settled.
+      workdir: the run folder.
+      begin: called once the folder is the run's and its data are prepared.
+      may_change: fields in which a resumed run may differ.
+      tokenizer: of what the run begins with, if there is one.
+      trains_from: see `make_task`.
+      title: of the report.
+      resume_command: the command line that resumes the run.
+
+    Raises:
+      UserError: something does not fit. What was in the folder stays.
+    """
+    mesh = make_mesh(config.train.mesh)
     check_data(config.data, config.objective, config.model.decoder.vocab_size)
-    teacher = load_teacher(config, mesh)
-    task = make_task(config, teacher)
     folder = RunFolder(workdir)
-    resumed = folder.open(config, MAY_CHANGE)
+    resumed = folder.open(config, may_change)
     primary = jax.process_index() == 0
     try:
-        tokenizer = None if start is None else start.tokenizer
         with first_process_first("data"):
             data = prepare_data(
                 config.data,
@@ -76,30 +130,33 @@ def train(config: Config, workdir: Path, resume_command: str | None = None) -> T
                 say=print if primary else _quiet,
                 tokenizer=tokenizer,
             )
-        _check_teacher(teacher, data)
         check_same("corpus", data.describe())
+        beginning = begin(folder, data)
+        facts = beginning.facts
+        _check_teacher(beginning.teacher, data)
         part: Any = {
             "global_batch": config.train.batch_size,
             "local_rows": local_rows(mesh, config.train.batch_size),
         }
         trainer = Trainer(
-            task,
+            make_task(config, beginning.teacher, trains_from=trains_from),
             config.train,
             folder.path,
             batches(data.train, seed=config.seed, **part),
             {"heldout": lambda: evaluation_batches(data.heldout, **part)},
             seed=config.seed,
-            initial_params=None if start is None else parameters_of(start),
+            initial_params=None if beginning.model is None else parameters_of(beginning.model),
             resume_command=resume_command,
         )
+        del beginning
     except UserError:
-        if primary and not resumed:
+        if primary and not resumed and not folder.has_trained():
             discard_data(folder.path)
             folder.abandon()
         raise
     result = trainer.run()
     if primary and not result.preempted:
-        _report(config, data, folder, result)
+        _report(config, data, folder, result, title, facts)
     folder.close()
     return result
 
@@ -159,63 +216,40 @@ def _check_teacher(teacher: Decoder | None, data: TrainingData) -> None:
         )
 
 
-def _report(config: Config, data: TrainingData, folder: RunFolder, result: TrainResult) -> None:
-    """Writes curves and the table of results, and prints the headline."""
-    rows = read_metrics(folder.path)
+def _report(
+    config: Config,
+    data: TrainingData,
+    folder: RunFolder,
+    result: TrainResult,
+    title: str,
+    facts: Sequence[tuple[str, Any]],
+) -> None:
     size = config.model.decoder.vocab_size
     counts = count_targets(data.train, size, _COUNTED_ROWS)
     unigram = unigram_cross_entropy(counts, count_targets(data.heldout, size, _COUNTED_ROWS))
-    heldout = result.metrics["eval/heldout/loss"]
-    train_line = line_from_metrics(rows, "loss", "training")
-    curves = Figure(
-        "loss",
-        "Loss",
-        "step",
-        "nats per target",
-        [
-            train_line,
-            line_from_metrics(rows, "eval/heldout/loss", "held-out"),
-            dataclasses.replace(
-                train_line, label="unigram, held-out", y=[unigram] * len(train_line.x), dashed=True
-            ),
-        ],
-        caption="The dashed line is the held-out loss of token frequencies alone.",
-    )
     lengths = config.data.encoder_length + config.data.decoder_length
-    tokens = result.step * config.train.batch_size * lengths
-    table = Table(
-        "Result",
-        ("measure", "value"),
-        [
-            ("objective", config.objective.kind),
-            ("parameters", f"{config.model.num_parameters():,}"),
-            ("steps", f"{result.step:,}"),
-            ("positions trained on, both sides", f"{tokens:,}"),
-            ("of them filled, encoder", f"{data.train.efficiency[0]:.1%}"),
-            ("of them filled, decoder", f"{data.train.efficiency[1]:.1%}"),
-            ("held-out loss, nats per target", f"{heldout:.4f}"),
-            ("held-out perplexity", f"{math.exp(min(heldout, 50.0)):.2f}"),
-            ("unigram loss, nats per target", f"{unigram:.4f}"),
-        ],
-    )
+    positions = result.step * config.train.batch_size * lengths
     source = (
         f"pairs of {config.objective.pairs.path}"
         if config.objective.kind == "instruction"
         else f"the {config.data.corpus.kind} corpus"
     )
-    write_report(
-        folder.report,
-        "T5Gemma training run",
+    report_language_training(
+        folder,
+        result,
+        title=title,
         text=f"Trained by {config.objective.kind} on {source}; settings in ../config.json.",
-        tables=[table],
-        figures=[curves],
-    )
-    results = {"step": result.step, "heldout_loss": heldout, "unigram_loss": unigram}
-    write_atomically(folder.report / "summary.json", json.dumps(results, indent=2) + "\n")
-    print(f"report: {folder.report / 'README.md'}")
-    print(
-        f"held-out loss {heldout:.4f} nats per target after {result.step:,} steps; "
-        f"token frequencies alone {unigram:.4f}"
+        unit="target",
+        unigram=unigram,
+        rows=[
+            ("objective", config.objective.kind),
+            ("parameters", f"{config.model.num_parameters():,}"),
+            *facts,
+            ("steps", f"{result.step:,}"),
+            ("positions trained on, both sides", f"{positions:,}"),
+            ("of them filled, encoder", f"{data.train.efficiency[0]:.1%}"),
+            ("of them filled, decoder", f"{data.train.efficiency[1]:.1%}"),
+        ],
     )
 
 

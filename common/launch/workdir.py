@@ -80,12 +80,17 @@ class RunFolder:
             write_atomically(self.config, configs.to_json(config))
         return True
 
+    def has_trained(self) -> bool:
+        """Whether there is a checkpoint or a line of metrics, here or in a folder below."""
+        found = (self.path.rglob(kind.name) for kind in (self.checkpoints, self.metrics))
+        return any(True for paths in found for _ in paths)
+
     def abandon(self) -> None:
         """Gives up the claim of a run that failed before it trained, so that it can be corrected.
 
-        Does nothing once there is a checkpoint or a line of metrics.
+        Does nothing once it has trained.
         """
-        if self.checkpoints.exists() or self.metrics.exists():
+        if self.has_trained():
             return
         self.config.unlink(missing_ok=True)
         self.close()

@@ -224,6 +224,7 @@ class Trainer:
             return step
         with self._goodput.phase("init"), use_mesh(self.mesh, self.task.rules):
             params = self._initial_params(abstract.params) if self._initial_params else None
+            self._initial_params = None  # What it holds on to would stay beside the parameters.
             rest = self.task.initial_rest(abstract.rest)
             init = jax.jit(
                 lambda params, rest: init_state(self._parts, optimizer, params, rest),
