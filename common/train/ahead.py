@@ -6,7 +6,7 @@ import jax
 
 from common.sharding import batch_sharding, make_mesh
 from common.sharding.program import Program
-from common.train.optimizer import learning_rate, make_optimizer
+from common.train.optimizer import learning_rate
 from common.train.state import ModelParts, abstract_train_state
 from common.train.step import make_train_step
 from common.train.task import Task
@@ -39,7 +39,7 @@ def train_program(
     mesh = make_mesh(config.mesh, devices)
     check_config(config, mesh)
     parts = ModelParts(task, seed)
-    optimizer = make_optimizer(config.optimizer, config.steps, parts.decays, parts.trains_from)
+    optimizer = parts.optimizer(config.optimizer, config.steps)
     abstract = abstract_train_state(parts, optimizer, mesh)
     step = make_train_step(
         parts,

@@ -2,6 +2,8 @@
 
 import math
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from common.errors import UserError, nearest
@@ -16,6 +18,8 @@ def make_schedule(
     warmup_steps: int = 0,
     final_fraction: float = 0.1,
     decay_fraction: float = 0.2,
+    *,
+    warmup_from_zero: bool = False,
 ) -> optax.Schedule:
     """Returns the learning rate as a function of the updates made before.
 
@@ -27,6 +31,8 @@ def make_schedule(
         May be more than `steps`: the run then ends on the way up.
       final_fraction: the last rate as a fraction of the peak (not used by `constant`).
       decay_fraction: part of the run that `wsd` spends on its decay.
+      warmup_from_zero: update i of the warm-up uses `peak · i / (warmup_steps - 1)`: the first one
+        changes no parameter, and the last has the peak already.
 
     Raises:
       UserError: unknown name.
@@ -46,5 +52,17 @@ def make_schedule(
         course = optax.linear_schedule(peak, final, decay, transition_begin=rest - decay)
     if not warmup_steps:
         return course
-    warmup = optax.linear_schedule(peak / warmup_steps, peak, max(1, warmup_steps - 1))
+    start = 0.0 if warmup_from_zero else peak / warmup_steps
+    warmup = optax.linear_schedule(start, peak, max(1, warmup_steps - 1))
     return optax.join_schedules([warmup, course], [warmup_steps])
+
+
+def half_cosine(start: float, end: float, steps: int) -> optax.Schedule:
+    """Returns `end + (start - end) (1 + cos(pi i / steps)) / 2` of update i, then `end`."""
+
+    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
+        # By the sine of half the angle, which keeps its digits where the course ends.
+        left = jnp.clip(steps - jnp.asarray(count, jnp.float32), 0, steps) / max(1, steps)
+        return end + (start - end) * jnp.square(jnp.sin(0.5 * jnp.pi * left))
+
+    return schedule

@@ -1,6 +1,7 @@
 """The training state as plain arrays, and how each of them lies on the mesh."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from common.errors import UserError
 from common.sharding import state_shardings, use_mesh
-from common.train.task import PureDict, Task
+from common.train.optimizer import OptimizerConfig, make_optimizer
+from common.train.task import Path, PureDict, Task
 
 
 @jax.tree_util.register_dataclass
@@ -52,11 +54,26 @@ class ModelParts:
         self.trained = {path for path, v in variables if task.trainable(path, v)}
         if not self.trained:
             raise UserError("no parameter is trainable")
-        self.decays = _unflatten(
-            {path: task.decays(path, v) for path, v in variables if path in self.trained}
-        )
-        self.trains_from = _unflatten(
-            {path: task.trains_from(path, v) for path, v in variables if path in self.trained}
+
+        def of_each(what: Callable[[Path, nnx.Variable], Any]) -> PureDict:
+            return _unflatten(
+                {path: what(path, v) for path, v in variables if path in self.trained}
+            )
+
+        self.decays = of_each(task.decays)
+        self.trains_from = of_each(task.trains_from)
+        self.rates = of_each(task.learning_rate_factor)
+        self.clip_groups = of_each(task.clip_group)
+
+    def optimizer(self, config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+        """Returns what updates the trained parameters, as the task wants each of them treated."""
+        return make_optimizer(
+            config,
+            steps,
+            self.decays,
+            self.trains_from,
+            rates=self.rates,
+            clip_groups=self.clip_groups,
         )
 
     def fresh(self) -> tuple[PureDict, PureDict]:
@@ -100,12 +117,11 @@ def init_state(
     Args:
       parts: the model's static part.
       optimizer: over the trained parameters.
-      initial_params: used instead of fresh ones.
+      initial_params: used instead of fresh ones of the same names; may be a part of them.
       initial_rest: used instead of the fresh variables of the same names.
     """
     params, rest = parts.fresh()
-    if initial_params is not None:
-        params = initial_params
+    params = _unflatten({**_flatten(params), **_flatten(initial_params or {})})
     rest = _unflatten({**_flatten(rest), **_flatten(initial_rest or {})})
     # A weakly typed parameter would promote otherwise after it has been restored.
     params, rest = jax.tree.map(_strongly_typed, (params, rest))

@@ -66,6 +66,15 @@ class Task(abc.ABC):
         learning rate goes on meanwhile, and its moments gather."""
         return 0
 
+    def learning_rate_factor(self, path: Path, variable: nnx.Variable) -> Any:
+        """Returns by what a parameter's learning rate (and decay) is multiplied: a number, or a
+        numpy array that broadcasts to it, such as one of `[layers, 1, 1]` for stacked blocks."""
+        return 1.0
+
+    def clip_group(self, path: Path, variable: nnx.Variable) -> str:
+        """Returns the name of the group that a parameter's gradient is clipped with."""
+        return ""
+
     def init_extra(self, params: PureDict) -> Any:
         """Returns further state, such as averaged parameters; any pytree of arrays."""
         return {}

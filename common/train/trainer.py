@@ -31,7 +31,7 @@ from common.train.evaluate import EvalSets, HostBatch, evaluate
 from common.train.flops import utilisation
 from common.train.goodput import Goodput
 from common.train.metrics import MetricsWriter, read_metrics
-from common.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from common.train.optimizer import OptimizerConfig, learning_rate
 from common.train.preemption import Preemption
 from common.train.progress import Progress
 from common.train.rate import RateMeter
@@ -141,7 +141,8 @@ class Trainer:
           eval_sets: for each name a function that gives finite batches.
           seed: of parameters and of everything random in a step.
           initial_params: gives a new run's parameters for their `jax.ShapeDtypeStruct`s (with
-            shardings), e.g. by `load_params`; by default the task's fresh ones.
+            shardings), e.g. by `load_params`, or a part of them; the others are the task's fresh
+            ones.
           resume_command: printed when a signal stops the run; by default this process's own.
           devices: all by default.
 
@@ -175,12 +176,7 @@ class Trainer:
             return self._tell_finished(latest)
         with self._goodput.phase("init"):
             self._parts = ModelParts(self.task, self.seed)
-            optimizer = make_optimizer(
-                self.config.optimizer,
-                self.config.steps,
-                self._parts.decays,
-                self._parts.trains_from,
-            )
+            optimizer = self._parts.optimizer(self.config.optimizer, self.config.steps)
             abstract = abstract_train_state(self._parts, optimizer, self.mesh)
             self._make_steps(optimizer, abstract)
         step = self._start_state(optimizer, abstract, latest)

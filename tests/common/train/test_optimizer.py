@@ -8,6 +8,8 @@ import pytest
 
 from common.errors import UserError
 from common.train import OptimizerConfig, make_optimizer, make_schedule
+from common.train.optimizer import learning_rate, weight_decay
+from common.train.schedules import half_cosine
 
 PARAMS = {"matrix": jnp.ones((4, 4)), "vector": jnp.ones(4)}
 MASK = {"matrix": True, "vector": False}
@@ -50,6 +52,7 @@ def test_first_moment_may_be_smaller():
         ({"schedule": "cosin"}, "did you mean 'cosine'"),
         ({"clip_norm": 0.0}, "clip_norm"),
         ({"learning_rate": -1.0}, "negative"),
+        ({"final_weight_decay": -0.1}, "negative"),
         ({"b1": 1.0}, "b1"),
         ({"moment_dtype": "int8"}, "moment_dtype"),
     ],
@@ -107,3 +110,74 @@ def test_without_held_parameters_the_state_has_no_count_of_its_own():
         for trains_from in (None, {"matrix": 0, "vector": 0})
     )
     assert jax.tree.structure(none) == jax.tree.structure(zero)
+
+
+def test_a_warm_up_from_zero_has_the_peak_twice():
+    """DINOv2's schedule (section 3.9): its warm-up includes both ends; golden points."""
+    peak = 2e-4 * 3**0.5
+    config = OptimizerConfig(
+        learning_rate=peak,
+        warmup_steps=100_000,
+        warmup_from_zero=True,
+        final_fraction=1e-6 / peak,
+        weight_decay=0.04,
+        final_weight_decay=0.2,
+    )
+    rate = learning_rate(config, 625_000)
+    assert float(rate(0)) == 0.0
+    points = {1: 3.464136e-9, 50_000: 1.732068e-4, 99_999: 3.464102e-4, 100_000: 3.464102e-4,
+              362_500: 1.737051e-4, 624_999: 1.0000000031e-6, 700_000: 1e-6}  # fmt: skip
+    for step, value in points.items():
+        assert float(rate(step)) == pytest.approx(value, rel=2e-5), step
+    decay = weight_decay(config, 625_000)
+    ends = [float(decay(step)) for step in (0, 312_500, 624_999, 625_000, 10**6)]
+    assert ends == pytest.approx([0.04, 0.12, 0.2, 0.2, 0.2], rel=1e-6)
+    # What is left of a momentum that goes to 1 keeps its digits.
+    left = half_cosine(0.006, 0.0, 625_000)
+    assert float(left(624_999)) == pytest.approx(0.006 * (np.pi / 2 / 625_000) ** 2, rel=1e-4)
+
+
+def test_decay_follows_its_course_and_each_parameters_rate():
+    config = OptimizerConfig(
+        learning_rate=0.1, schedule="constant", weight_decay=0.5, final_weight_decay=1.0
+    )
+    rates = {"matrix": np.array([[1.0], [0.5], [0.25], [0.0]]), "vector": 0.5}
+    optimizer = make_optimizer(config, 2, MASK, rates=rates)
+    state = optimizer.init(PARAMS)
+    zero = jax.tree.map(jnp.zeros_like, PARAMS)
+    for decay in (0.5, 0.75, 1.0, 1.0):
+        updates, state = optimizer.update(zero, state, PARAMS)
+        wanted = -0.1 * decay * np.broadcast_to(rates["matrix"], (4, 4))
+        np.testing.assert_allclose(updates["matrix"], wanted, rtol=1e-6)
+        np.testing.assert_array_equal(updates["vector"], 0)
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, PARAMS), state, PARAMS)
+    plain, _ = make_optimizer(config, 2, MASK).update(
+        jax.tree.map(jnp.ones_like, PARAMS), make_optimizer(config, 2, MASK).init(PARAMS), PARAMS
+    )
+    first = optimizer.update(jax.tree.map(jnp.ones_like, PARAMS), optimizer.init(PARAMS), PARAMS)[0]
+    np.testing.assert_allclose(first["matrix"], plain["matrix"] * rates["matrix"], rtol=1e-6)
+    np.testing.assert_allclose(first["vector"], plain["vector"] * 0.5, rtol=1e-6)
+
+
+def test_groups_are_clipped_each_by_itself():
+    config = OptimizerConfig(
+        "sgd", 1.0, b1=0.0, schedule="constant", weight_decay=0.0, clip_norm=3.0
+    )
+    params = {"a": jnp.zeros(4), "b": jnp.zeros((2, 2)), "c": jnp.zeros(2)}
+    grads = {"a": jnp.full(4, 10.0), "b": jnp.full((2, 2), 1.0), "c": jnp.full(2, 30.0)}
+    decays = dict.fromkeys(params, False)
+    groups = {"a": "backbone", "b": "head", "c": "backbone"}
+    optimizer = make_optimizer(config, 1, decays, clip_groups=groups)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    norm = np.sqrt(4 * 10.0**2 + 2 * 30.0**2)
+    np.testing.assert_allclose(updates["a"], -10.0 * 3 / norm, rtol=1e-6)
+    np.testing.assert_allclose(updates["c"], -30.0 * 3 / norm, rtol=1e-6)
+    np.testing.assert_allclose(updates["b"], -1.0, rtol=1e-6)  # Of norm 2.
+
+
+def test_what_is_not_asked_for_leaves_the_state_as_it_was():
+    """So that runs go on from checkpoints of before."""
+    plain = make_optimizer(OptimizerConfig(), 10, MASK).init(PARAMS)
+    ones, same = {"matrix": 1.0, "vector": np.ones(4)}, {"matrix": "", "vector": ""}
+    given = make_optimizer(OptimizerConfig(), 10, MASK, rates=ones, clip_groups=same).init(PARAMS)
+    assert jax.tree.structure(plain) == jax.tree.structure(given)

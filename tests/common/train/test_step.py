@@ -43,7 +43,7 @@ class Rig:
     ):
         self.mesh = make_mesh(mesh, jax.devices()[:count])
         self.parts = ModelParts(task or TinyTask(), seed=3)
-        self.optimizer = make_optimizer(optimizer, 10, self.parts.decays)
+        self.optimizer = self.parts.optimizer(optimizer, 10)
         self.abstract = abstract_train_state(self.parts, self.optimizer, self.mesh)
         self.step = make_train_step(
             self.parts, self.optimizer, learning_rate(optimizer, 10), self.mesh, self.abstract,
@@ -172,6 +172,39 @@ def test_frozen_parameters_get_no_gradient_no_moment_no_decay():
     after = rig.params()
     np.testing.assert_array_equal(before["embed"], after["embed"])
     assert (before["blocks"]["up"] != after["blocks"]["up"]).all()
+
+
+def test_a_task_may_slow_parameters_down_and_clip_them_apart():
+    class Apart(TinyTask):
+        def learning_rate_factor(self, path: Any, variable: nnx.Variable) -> Any:
+            return 0.5 if path[-1] == "embed" else np.array([1.0, 0.0, 2.0])[:, None, None]
+
+        def clip_group(self, path: Any, variable: nnx.Variable) -> str:
+            return path[0]
+
+    class Plain(Apart):
+        def learning_rate_factor(self, path: Any, variable: nnx.Variable) -> Any:
+            return 1.0
+
+        def trainable(self, path: Any, variable: nnx.Variable) -> bool:
+            return path[-1] != "scale"
+
+    class Slowed(Apart):
+        trainable = Plain.trainable
+
+    clipped = dataclasses.replace(DESCENT, clip_norm=0.01)
+    plain, slowed = (
+        gradients(Rig(MeshConfig(), 1, task(), clipped))[1] for task in (Plain, Slowed)
+    )
+    norms = [np.linalg.norm(plain["embed"])]
+    norms.append(np.sqrt(sum((plain["blocks"][name] ** 2).sum() for name in ("up", "down"))))
+    np.testing.assert_allclose(norms, 0.01, rtol=1e-4)
+    np.testing.assert_allclose(slowed["embed"], 0.5 * plain["embed"], atol=1e-7)
+    for name in ("up", "down"):
+        factors = np.array([1.0, 0.0, 2.0])[:, None, None]
+        np.testing.assert_allclose(
+            slowed["blocks"][name], factors * plain["blocks"][name], atol=1e-7
+        )
 
 
 def test_nothing_to_train_is_an_error():
