@@ -151,13 +151,14 @@ def _run_config(path: Path) -> Config | None:
         return None
     where = f"{path}/config.json"
     try:
-        text = (path / "config.json").read_text()
-        data = json.loads(text)
+        data = json.loads((path / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {where}: {error}") from error
-    # Other launchers of the package keep other configurations of the same model.
+    # An adaptation's has more fields; that of another launcher lacks some.
     own = {field.name for field in dataclasses.fields(Config)}
-    return configs.from_json(Config, text, where) if own == set(data) else None
+    if not isinstance(data, dict) or not own <= set(data):
+        return None
+    return configs.from_dict(Config, {name: data[name] for name in own}, where)
 
 
 def _text(model: T5Gemma, trained: Config | None, encoder_bos: bool) -> TextScore:

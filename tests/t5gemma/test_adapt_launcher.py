@@ -11,7 +11,7 @@ from flax import nnx
 import t5gemma
 from common.data.tokenizers import ByteTokenizer
 from common.models import Decoder, DecoderConfig, load_decoder, save_decoder
-from t5gemma import donors
+from t5gemma import donors, evaluate
 from t5gemma.adapt import main
 from t5gemma.adaptation import in_cross_attention
 
@@ -97,6 +97,14 @@ def test_adapt_trains_its_donor_and_goes_on(run):
     page = (run / "report" / "README.md").read_text()
     assert "trained in donors/ for 4 steps" in page
     assert "copy" in page
+
+
+def test_an_adaptation_is_evaluated_on_its_own_heldout_text(run):
+    """As its run prepared it, not as a checkpoint from elsewhere."""
+    config = evaluate._run_config(run)
+    assert config.data.corpus.max_documents == 30
+    assert config.data.encoder_length == 32
+    assert config.objective.kind == "distillation"
 
 
 def test_a_signal_while_a_donor_trains(run, tmp_path, capsys, monkeypatch):
