@@ -3,6 +3,22 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+from PIL import Image
+
+from common.data.image_transforms import (
+    color_jitter,
+    gaussian_blur,
+    grayscale,
+    random_flip,
+    random_resized_crop,
+    solarize,
+)
+
+# How often the first and second global crop and the local ones are blurred.
+BLUR = {"as_trained": (0.0, 0.9, 0.5), "intended": (1.0, 0.1, 0.5)}
+SIGMA = (0.1, 2.0)  # Of the blur, in pixels.
+
 
 @dataclass(frozen=True)
 class CropConfig:
@@ -52,7 +68,57 @@ class CropConfig:
                 raise ValueError(f"{name} {low}, {high} is not two ascending shares of an area")
         if not 0 < self.aspect[0] <= self.aspect[1]:
             raise ValueError(f"aspect {self.aspect} is not two ascending numbers above 0")
-        if min(self.global_size, self.local_size) < 1 or self.local_crops < 0:
-            raise ValueError("crops have at least one pixel, and there are not fewer than none")
+        if min(self.global_size, self.local_size) < 5 or self.local_crops < 0:
+            raise ValueError("crops have at least 5 pixels, and there are not fewer than none")
         if min(self.brightness, self.contrast, self.saturation) < 0 or not 0 <= self.hue <= 0.5:
             raise ValueError("colours change by 0 or more, the hue by at most 0.5")
+
+
+class MultiCrop:
+    """Draws the views of an image; see `CropConfig`."""
+
+    def __init__(self, config: CropConfig):
+        self.config = config
+        first, second, local = BLUR[config.blur]
+        self._views = [
+            _View(config.global_size, config.global_scale, first, 0.0),
+            _View(config.global_size, config.global_scale, second, config.solarize),
+            *[_View(config.local_size, config.local_scale, local, 0.0)] * config.local_crops,
+        ]
+
+    def __call__(self, rng: np.random.Generator, image: np.ndarray) -> dict[str, np.ndarray]:
+        """Views of `image` [H, W, 3]: `global_crops` uint8 [2, Hg, Wg, 3] and `local_crops` uint8
+        [V, Hl, Wl, 3]."""
+        config = self.config
+        picture = Image.fromarray(image)
+        views = [self._draw(rng, picture, view) for view in self._views]
+        local = np.empty((config.local_crops, config.local_size, config.local_size, 3), np.uint8)
+        for place, view in zip(local, views[2:], strict=True):
+            place[...] = view
+        return {"global_crops": np.stack(views[:2]), "local_crops": local}
+
+    def _draw(self, rng: np.random.Generator, image: Image.Image, view: "_View") -> np.ndarray:
+        config = self.config
+        image = random_resized_crop(rng, image, view.size, view.scale, config.aspect)
+        image = random_flip(rng, image, config.flip)
+        if rng.random() < config.jitter:
+            image = color_jitter(
+                rng, image, config.brightness, config.contrast, config.saturation, config.hue
+            )
+        if rng.random() < config.grayscale:
+            image = grayscale(image)
+        if rng.random() < view.blur:
+            image = gaussian_blur(image, rng.uniform(*SIGMA))
+        if rng.random() < view.solarize:
+            image = solarize(image)
+        return np.asarray(image)
+
+
+@dataclass(frozen=True)
+class _View:
+    """What differs between views: side, share of the image, and how often the last two happen."""
+
+    size: int
+    scale: tuple[float, float]
+    blur: float
+    solarize: float

@@ -31,18 +31,25 @@ masks on the seed and the place of its first image. Not on processes, devices or
 what was read before: a run resumes exactly.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from common.data.image_corpus import ImageConfig, open_images
+from common.data.image_sources import HealthyImages, ImageSource
+from common.data.pipeline import BatchIterator, batches
+from common.data.rows import Batch, Rows
 from common.errors import UserError
-from dino.augmentation import CropConfig
+from dino.augmentation import CropConfig, MultiCrop
 from dino.masking import GroupMasks, MaskConfig
 
 MEAN = (0.485, 0.456, 0.406)  # Of ImageNet's red, green and blue, from 0 to 1.
 STD = (0.229, 0.224, 0.225)
+_CROP_STREAM = 0  # Keeps the random numbers of crops apart from those of masks.
 
 
 @dataclass(frozen=True)
@@ -50,12 +57,22 @@ class DataConfig:
     """What a run is trained on.
 
     Attributes:
+        images: Where the images are.
         crops: The views of an image.
         masks: The patches that the student does not see.
+        threads: Threads that decode and crop the images of a batch; 0: one for each processor.
+        prefetch: Batches made ahead.
     """
 
+    images: ImageConfig = field(default_factory=ImageConfig)
     crops: CropConfig = field(default_factory=CropConfig)
     masks: MaskConfig = field(default_factory=MaskConfig)
+    threads: int = 0
+    prefetch: int = 2
+
+    def __post_init__(self) -> None:
+        if self.threads < 0 or self.prefetch < 0:
+            raise ValueError("threads and prefetch are 0 or more")
 
 
 def normalize(images: jax.Array) -> jax.Array:
@@ -95,3 +112,83 @@ def batch_shapes(
         "masked_weights": ((masks.slots,), np.float32),
     }
     return {name: jax.ShapeDtypeStruct((batch, *s), t) for name, (s, t) in shapes.items()}
+
+
+class MultiCropRows(Rows):
+    """Images as rows of training batches, other views and masks in every epoch.
+
+    Args:
+        source: The images.
+        config: Views, masks, and how many images may be damaged.
+        patch_size: Side of a patch in pixels.
+        seed: Decides views and masks.
+        batch: Images of a global batch.
+
+    Attributes:
+        images: `source` with its damaged images counted.
+    """
+
+    def __init__(
+        self, source: ImageSource, config: DataConfig, *, patch_size: int, seed: int, batch: int
+    ):
+        self.images = HealthyImages(source, config.images.error_budget)
+        self._crop = MultiCrop(config.crops)
+        self._masks = group_masks(config, patch_size, batch)
+        self._seed = seed
+        self._pool = ThreadPoolExecutor(config.threads or os.cpu_count() or 1, "crops")
+
+    def __len__(self) -> int:
+        return len(self.images.source)
+
+    def __getitem__(self, index: int) -> Batch:
+        """The views of image `index` in the first place of a run; no masks, which groups have."""
+        return self._views(index, 0)
+
+    def training_batch(self, indices: np.ndarray, start: int, local_rows: np.ndarray) -> Batch:
+        views = self._pool.map(self._views, indices.tolist(), (start + local_rows).tolist())
+        masks = self._group_rows(start, local_rows)
+        rows = list(views)
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]} | masks
+
+    def _views(self, index: int, place: int) -> Batch:
+        image, _ = self.images.read(index)
+        return self._crop(np.random.default_rng([self._seed, _CROP_STREAM, place]), image)
+
+    def _group_rows(self, start: int, local_rows: np.ndarray) -> Batch:
+        """Masks of the rows; a group is drawn whole, also where other processes have a part."""
+        groups, within = np.divmod(local_rows, self._masks.images)
+        parts = []
+        for group in np.unique(groups):
+            drawn = self._masks.draw(self._seed, start + int(group) * self._masks.images)
+            parts.append({name: array[within[groups == group]] for name, array in drawn.items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def training_batches(
+    config: DataConfig,
+    *,
+    patch_size: int,
+    batch: int,
+    seed: int,
+    local_rows: np.ndarray | None = None,
+    source: ImageSource | None = None,
+) -> BatchIterator:
+    """Batches without end, as this module's beginning describes them, for the Trainer.
+
+    Args:
+        config: Images, views and masks.
+        patch_size: Side of a patch in pixels.
+        batch: Images of a global batch.
+        seed: Of order, views and masks.
+        local_rows: This process's rows of each batch, see `common.data.pipeline.batches`.
+        source: The images, if they are open already.
+
+    Raises:
+        UserError: Images are missing, or crops, groups, batch and processes do not fit.
+    """
+    if source is None:
+        source = open_images(config.images)
+    rows = MultiCropRows(source, config, patch_size=patch_size, seed=seed, batch=batch)
+    return batches(
+        rows, global_batch=batch, seed=seed, local_rows=local_rows, prefetch=config.prefetch
+    )

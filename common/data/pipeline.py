@@ -127,13 +127,17 @@ class _Steps:
         self._rows = rows
         self._order = order
         self._global_batch = global_batch
-        self._places = start + local_rows  # Of batch 0.
+        self._start = start
+        self._local_rows = local_rows
 
     def __len__(self) -> int:
-        return (2**62 - int(self._places[-1])) // self._global_batch  # Longer than any run.
+        last = self._start + int(self._local_rows[-1])
+        return (2**62 - last) // self._global_batch  # Longer than any run.
 
     def __getitem__(self, step: int) -> Batch:
-        return self._rows.batch(self._order.at(self._places + step * self._global_batch))
+        start = self._start + step * self._global_batch
+        indices = self._order.at(start + self._local_rows)
+        return self._rows.training_batch(indices, start, self._local_rows)
 
 
 def batches(

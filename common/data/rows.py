@@ -29,3 +29,13 @@ class Rows(abc.ABC):
         """Rows `indices` [B] stacked; override where all at once is faster."""
         rows = [self[int(index)] for index in indices]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def training_batch(self, indices: np.ndarray, start: int, local_rows: np.ndarray) -> Batch:
+        """Rows `indices` of a run's batch; override where they are not the same in every epoch.
+
+        Args:
+            indices: int64 [B], this process's rows.
+            start: Place of the batch's first row in the endless sequence of the run's rows.
+            local_rows: int64 [B], which of the batch's rows they are.
+        """
+        return self.batch(indices)

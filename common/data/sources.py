@@ -19,7 +19,7 @@ SPLITS = ("train", "heldout", "all")
 
 
 class DamagedRecord(UserError):
-    """One record that cannot be read as text; its message names the file and the record."""
+    """One record that cannot be read; its message names the file and the record."""
 
 
 class DocumentSource(abc.ABC):
@@ -90,23 +90,37 @@ def select(
     together everything, a new file moves no old one across, and a cap is a spread-out sample
     instead of the first records in the alphabet.
     """
+    indices = selected(source.keys, split, heldout_fraction, max_documents, "max_documents")
+    if indices is None:
+        return source
+    return Selection(source, indices, f"{split}:{heldout_fraction}:{max_documents}")
+
+
+def selected(
+    keys_of: Callable[[], np.ndarray],
+    split: str,
+    heldout_fraction: float,
+    most: int | None,
+    most_name: str,
+) -> np.ndarray | None:
+    """Numbers of the records that `select` keeps, ascending, by their keys; None: all of them."""
     if split not in SPLITS:
         raise UserError(f"split is '{split}'; use one of {', '.join(SPLITS)}")
     if not 0.0 <= heldout_fraction <= 1.0:
         raise UserError(f"heldout_fraction is {heldout_fraction}; use a number between 0 and 1")
-    if max_documents is not None and max_documents < 1:
-        raise UserError(f"max_documents is {max_documents}; use 1 or more, or None for all")
-    if split == "all" and max_documents is None:
-        return source
-    keys = source.keys()
+    if most is not None and most < 1:
+        raise UserError(f"{most_name} is {most}; use 1 or more, or None for all")
+    if split == "all" and most is None:
+        return None
+    keys = keys_of()
     heldout = keys.astype(np.float64) / 2.0**64 < heldout_fraction
     kept = {"train": ~heldout, "heldout": heldout, "all": np.ones_like(heldout)}[split]
     indices = np.flatnonzero(kept)
-    if max_documents is not None and max_documents < len(indices):
+    if most is not None and most < len(indices):
         # Mixed again: within a split the keys themselves are confined to one side.
-        chosen = np.argsort(mix(keys[indices]), kind="stable")[:max_documents]
+        chosen = np.argsort(mix(keys[indices]), kind="stable")[:most]
         indices = indices[np.sort(chosen)]
-    return Selection(source, indices, f"{split}:{heldout_fraction}:{max_documents}")
+    return indices
 
 
 class HealthyDocuments:
