@@ -36,6 +36,8 @@ class DrawnImages(ImageSource):
         scale: Least and largest extent of an object, as a share of the side.
     """
 
+    labels: np.ndarray
+
     def __init__(self, size: int, count: int, scale: tuple[float, float] = (0.55, 0.85)):
         if size < 8 or count < 1:
             raise UserError(f"{count} drawn images of {size} pixels: draw 1 or more, from 8 pixels")
@@ -189,7 +191,9 @@ def _font_files() -> tuple[Path, ...]:
 
 @functools.lru_cache(maxsize=1024)
 def _font(number: int, size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(str(_font_files()[number]), size, layout_engine=0)
+    return ImageFont.truetype(
+        str(_font_files()[number]), size, layout_engine=ImageFont.Layout.BASIC
+    )
 
 
 @functools.cache

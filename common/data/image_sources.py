@@ -214,7 +214,7 @@ class ImageArrays(ImageSource):
             count = int(self.labels.max(initial=-1)) + 1
             self.classes = tuple(map(str, range(count) if classes is None else classes))
             if len(self.classes) < count:
-                raise UserError(f"{name} has labels up to {count - 1} but {len(classes)} classes")
+                raise UserError(f"{name}: label {count - 1} for {len(self.classes)} classes")
 
     def __len__(self) -> int:
         return len(self._images)
