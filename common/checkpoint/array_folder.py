@@ -74,13 +74,17 @@ def start_writing(path: Path, tree: Any, information: dict[str, Any]) -> Callabl
     return finish
 
 
-def read(path: Path, abstract: Any, cast: bool = False) -> tuple[Any, dict[str, Any]]:
+def read(
+    path: Path, abstract: Any, cast: bool = False, branch: str | None = None
+) -> tuple[Any, dict[str, Any]]:
     """Reads a tree of arrays and the record beside it.
 
     Args:
       path: a folder by `start_writing`.
       abstract: pytree of `jax.ShapeDtypeStruct`, or a part of the tree with the same names.
       cast: convert arrays whose dtype is another here; otherwise that is an error.
+      branch: name of the branch that `abstract` lies in; what the folder has beside it is left
+        unread. None: everything under the same top-level names.
 
     Raises:
       DamagedError: a file or an array is not what was written.
@@ -88,7 +92,7 @@ def read(path: Path, abstract: Any, cast: bool = False) -> tuple[Any, dict[str, 
     """
     record = _agreed(lambda: read_record(path))
     wanted = _named_leaves(abstract, _plain_abstract)
-    _check_same_arrays(path, record["arrays"], wanted, cast)
+    _check_same_arrays(path, record["arrays"], wanted, cast, branch)
     on_disk = {
         name: jax.ShapeDtypeStruct(
             leaf.shape,
@@ -145,7 +149,10 @@ def is_array_folder(path: Path) -> bool:
 def _load(path: Path, abstract: dict[str, Any]) -> dict[str, jax.Array]:
     from orbax.checkpoint import v1 as ocp
 
-    trees = _agreed(lambda: ocp.load_checkpointables(path, _groups(abstract)))
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True  # Which arrays are wanted has been checked.
+    with context:
+        trees = _agreed(lambda: ocp.load_checkpointables(path, _groups(abstract)))
     return {name: _at(trees, name) for name in abstract}
 
 
@@ -170,12 +177,20 @@ def _agreed(read: Callable[[], _Read]) -> _Read:
 
 
 def _check_same_arrays(
-    path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any], cast: bool
+    path: Path,
+    stored: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    cast: bool,
+    branch: str | None,
 ) -> None:
-    tops = {name.split("/")[0] for name in wanted}
+    tops = tuple(
+        {name.split("/")[0] + "/" for name in wanted} if branch is None else [branch + "/"]
+    )
     problems = [f"'{n}' is not in it" for n in wanted if n not in stored]
     problems += [
-        f"'{n}' is not in this model" for n in stored if n not in wanted and n.split("/")[0] in tops
+        f"'{n}' is not in this model"
+        for n in stored
+        if n not in wanted and f"{n}/".startswith(tops)
     ]
     for name in wanted.keys() & stored.keys():
         there, here = tuple(stored[name]["shape"]), tuple(wanted[name].shape)

@@ -11,12 +11,13 @@ looks like a checkpoint. Reading compares file sizes first, and a checksum of ev
 last: a damaged checkpoint is noticed, never read as zeros.
 """
 
+import functools
 import json
 import logging
 import re
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,14 +192,15 @@ class CheckpointStore:
             shutil.rmtree(doomed)
 
 
-def load_params(path: Path, abstract: Any) -> Any:
-    """Reads parameters alone.
+def load_params(path: Path, abstract: Any, within: Sequence[str] = ()) -> Any:
+    """Reads parameters alone, or a branch of them.
 
     Args:
       path: what `save_params` wrote, one checkpoint of a run, or a run's `checkpoints` folder
         (its newest intact one).
       abstract: pure dict of `jax.ShapeDtypeStruct`; shardings are followed where given, and a
         leaf of another dtype is converted.
+      within: names of the branch that `abstract` is; nothing else is read.
 
     Returns:
       A pure dict of arrays, shaped like `abstract`.
@@ -216,11 +218,18 @@ def load_params(path: Path, abstract: Any) -> Any:
     reason = ""
     for candidate in candidates:
         try:
-            return arrays.read(candidate, {"params": abstract}, cast=True)[0]["params"]
+            return _read_branch(candidate, abstract, ("params", *within))
         except DamagedError as error:
             reason = reason or str(error)
             log.warning("%s is damaged (%s)", candidate, error)
     raise UserError(f"no parameters in {path} are readable ({reason})")
+
+
+def _read_branch(path: Path, abstract: Any, names: Sequence[str]) -> Any:
+    for name in reversed(names):
+        abstract = {name: abstract}
+    found = arrays.read(path, abstract, cast=True, branch="/".join(names))[0]
+    return functools.reduce(lambda tree, name: tree[name], names, found)
 
 
 class _Background:

@@ -71,10 +71,10 @@ class Placement:
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(graphdef, state)
 
-    def from_params(self, build: Build[M], path: Path) -> M:
+    def from_params(self, build: Build[M], path: Path, within: Sequence[str] = ()) -> M:
         """The model that `build` describes, filled from what `load_params` reads at `path`."""
         graphdef, state, abstract = self._abstract(build)
-        nnx.replace_by_pure_dict(state, load_params(path, abstract))
+        nnx.replace_by_pure_dict(state, load_params(path, abstract, within))
         return nnx.merge(graphdef, state)
 
     def _abstract(self, build: Build[M]) -> tuple[nnx.GraphDef, nnx.State, dict[str, Any]]:

@@ -201,6 +201,15 @@ def test_parameters_load_alone_from_a_run_and_from_their_folder(two, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bare", "checkpoints"]
 
 
+def test_a_branch_of_the_parameters_is_read_by_itself(two):
+    blocks = make_state(2)["params"]["blocks"]
+    assert_same(load_params(two.folder, abstract(blocks), within=("blocks",)), blocks)
+    with pytest.raises(UserError, match="'params/blocks/1' is not in this model"):
+        load_params(two.folder, abstract({0: blocks[0]}), within=("blocks",))
+    with pytest.raises(UserError, match="'params/heads/0' is not in it"):
+        load_params(two.folder, abstract(blocks), within=("heads",))
+
+
 def test_parameters_are_converted_to_the_dtype_asked_for(two):
     wanted = abstract(make_state()["params"])
     wanted["embed"] = jax.ShapeDtypeStruct((8, 4), jnp.bfloat16)
