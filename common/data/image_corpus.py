@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from common.data import image_assets
+from common.data.file_sources import find_files
+from common.data.image_records import ImageRecords, PreparedImages
 from common.data.image_sets import Glyphs, Shapes
 from common.data.image_sources import (
     Decoding,
@@ -12,10 +15,18 @@ from common.data.image_sources import (
     open_arrays,
 )
 from common.data.images import WHITE
+from common.data.record_sources import tfds_folder
 from common.data.sources import selected
 from common.errors import UserError, nearest
 
-KINDS = ("folder", "arrays", "shapes", "glyphs")
+KINDS = (
+    "folder", "arrays", "array_record", "tfds", "shapes", "glyphs", "animals", "digits", "faces",
+)  # fmt: skip
+_ASSETS = {
+    "animals": image_assets.animals,
+    "digits": image_assets.digits,
+    "faces": image_assets.faces,
+}
 
 
 @dataclass(frozen=True)
@@ -24,8 +35,9 @@ class ImageConfig:
 
     Attributes:
         kind: "folder" (of image files), "arrays" (.npz or .npy), "array_record" (of encoded
-            images), "tfds" (prepared), or a set that comes with packages: "shapes" or "glyphs"
-            (see `common.data.image_sets`).
+            images, see `ImageRecords`), "tfds" (prepared), or a set that comes with packages:
+            "shapes" or "glyphs" (see `common.data.image_sets`), and with packages that not every
+            machine has, "animals", "digits" or "faces" (see `common.data.image_assets`).
         path: A folder or file; for array_record also a glob pattern, for tfds the folder of the
             prepared version. Sets that come with packages have none.
         classes: For a folder: "auto", "folders" or "none", see `ImageFolder`.
@@ -96,6 +108,13 @@ def _open_kind(config: ImageConfig) -> ImageSource:
         return Shapes(config.drawn_size, config.drawn_count)
     if config.kind == "glyphs":
         return Glyphs(config.drawn_size, config.drawn_count)
+    if config.kind == "array_record":
+        return ImageRecords(find_files(config.path, "*.array_record*"), decoding)
+    if config.kind == "tfds":
+        folder = tfds_folder(config.path)
+        return PreparedImages(folder, config.field, config.label_field, config.subset, decoding)
+    if config.kind in _ASSETS:
+        return _ASSETS[config.kind]()
     raise UserError(f"no kind of images '{config.kind}'{nearest(config.kind, KINDS)}")
 
 

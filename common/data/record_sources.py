@@ -20,7 +20,7 @@ class ArrayRecords(DocumentSource):
     def __init__(self, files: list[CorpusFile], field: str):
         self._files = files
         self._field = field
-        self._readers = [_array_record_reader(file.path) for file in files]
+        self._readers = [array_record_reader(file.path) for file in files]
         self._first = np.cumsum([0] + [reader.num_records() for reader in self._readers])
 
     def __len__(self) -> int:
@@ -45,7 +45,12 @@ class ArrayRecords(DocumentSource):
         return files_digest(self._files, "array_record", self._field)
 
 
-def _array_record_reader(path: str) -> Any:
+def array_record_reader(path: str) -> Any:
+    """Opens an array_record file for random access.
+
+    Raises:
+        UserError: It is no whole one.
+    """
     try:
         from array_record.python import array_record_module
     except ImportError as error:
@@ -56,7 +61,9 @@ def _array_record_reader(path: str) -> Any:
         if not reader.ok():
             reader.read([0])  # Raises what went wrong at opening; `num_records` would say 0.
     except RuntimeError as error:
-        raise UserError(f"'{path}' is not a whole array_record file: {_line(error)}") from error
+        raise UserError(
+            f"'{path}' is not a whole array_record file: {first_line(error)}"
+        ) from error
     return reader
 
 
@@ -64,33 +71,13 @@ class PreparedTfds(DocumentSource):
     """A text feature of a dataset that tfds has prepared in array_record files."""
 
     def __init__(self, path: str, field: str, subset: str):
-        try:
-            import tensorflow_datasets as tfds
-        except ImportError as error:
-            raise UserError(
-                "reading tfds needs `pip install tensorflow-datasets importlib_resources`"
-            ) from error
-        try:
-            builder = tfds.builder_from_directory(path)
-        except Exception as error:  # tfds has no one class for a folder it cannot make out.
-            raise UserError(f"'{path}' is no prepared tfds dataset: {_line(error)}") from error
-        self._check(builder, path, field, subset)
+        builder = tfds_builder(path, field, subset)
         try:
             self._data = builder.as_data_source(split=subset)
             self._length = len(self._data)
         except (NotImplementedError, RuntimeError, ValueError, OSError) as error:
-            raise UserError(f"tfds dataset '{path}' cannot be read: {_line(error)}") from error
+            raise UserError(f"tfds dataset '{path}' cannot be read: {first_line(error)}") from error
         self._path, self._field, self._subset = path, field, subset
-
-    @staticmethod
-    def _check(builder: Any, path: str, field: str, subset: str) -> None:
-        splits, features = list(builder.info.splits), list(builder.info.features)
-        if subset not in splits:
-            hint = nearest(subset, splits) or f"; it has {', '.join(splits) or 'none'}"
-            raise UserError(f"tfds dataset '{path}' has no subset '{subset}'{hint}")
-        if field not in features:
-            hint = nearest(field, features) or f"; it has {', '.join(features)}"
-            raise UserError(f"tfds dataset '{path}' has no feature '{field}'{hint}")
 
     def __len__(self) -> int:
         return self._length
@@ -111,6 +98,32 @@ class PreparedTfds(DocumentSource):
     def fingerprint(self) -> str:
         content = files_digest(find_files(self._path, "*"))
         return digest("tfds", content, self._field, self._subset)
+
+
+def tfds_builder(path: str, field: str, subset: str) -> Any:
+    """What tfds says of the prepared dataset in the folder `path`.
+
+    Raises:
+        UserError: It is none, or has no such feature or subset.
+    """
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise UserError(
+            "reading tfds needs `pip install tensorflow-datasets importlib_resources`"
+        ) from error
+    try:
+        builder = tfds.builder_from_directory(path)
+    except Exception as error:  # tfds has no one class for a folder it cannot make out.
+        raise UserError(f"'{path}' is no prepared tfds dataset: {first_line(error)}") from error
+    splits, features = list(builder.info.splits), list(builder.info.features)
+    if subset not in splits:
+        hint = nearest(subset, splits) or f"; it has {', '.join(splits) or 'none'}"
+        raise UserError(f"tfds dataset '{path}' has no subset '{subset}'{hint}")
+    if field not in features:
+        hint = nearest(field, features) or f"; it has {', '.join(features)}"
+        raise UserError(f"tfds dataset '{path}' has no feature '{field}'{hint}")
+    return builder
 
 
 class ParquetRows(DocumentSource):
@@ -138,7 +151,7 @@ class ParquetRows(DocumentSource):
         try:
             value = self._read_group(group)[row].as_py()
         except (OSError, ValueError) as error:  # pyarrow's errors derive from these.
-            raise self.damaged(index, _line(error)) from error
+            raise self.damaged(index, first_line(error)) from error
         if not isinstance(value, str):
             raise self.damaged(index, f"column '{self._column}' is {type(value).__name__}")
         return value
@@ -167,7 +180,7 @@ def _parquet_file(path: str, column: str) -> Any:
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"'{path}' is not a whole Parquet file: {_line(error)}") from error
+        raise UserError(f"'{path}' is not a whole Parquet file: {first_line(error)}") from error
     names = file.schema_arrow.names
     if column not in names:
         hint = nearest(column, names) or f"; it has {', '.join(names)}"
@@ -175,7 +188,7 @@ def _parquet_file(path: str, column: str) -> Any:
     return file
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The first line of an error that may print a screenful."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
