@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common.launch import Results, Run, RunFolder, launch
+from common.launch.experiments import Stopped, measured
 from common.sharding import make_mesh
 from common.train import check_config
 from recurrentgemma.data import check_data
@@ -16,7 +17,6 @@ from recurrentgemma.experiments.induction import measure_induction
 from recurrentgemma.experiments.language import measure_language
 from recurrentgemma.experiments.memory import measure_memory
 from recurrentgemma.experiments.speed import measure_speed
-from recurrentgemma.experiments.training import Stopped, measured
 
 EXAMPLES = [
     "python -m recurrentgemma.reproduce --config=smoke --workdir=runs/reproduce-smoke",

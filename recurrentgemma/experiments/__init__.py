@@ -6,6 +6,5 @@ memory         bytes of the decode state by context
 speed          decode and prefill time by context
 language       held-out loss at and beyond the training length
 induction      recall of a token seen once, at and beyond the training length
-training       one training in its own folder; measurements kept as JSON
 claims         what the papers predict of all this
 """

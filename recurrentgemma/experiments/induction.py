@@ -9,12 +9,12 @@ import jax.numpy as jnp
 
 from common.data.pipeline import batches, evaluation_batches
 from common.data.synthetic import InductionHeads
+from common.launch.experiments import trained
 from common.models import LanguageModel
 from common.nn.losses import token_nll
 from common.train import Batch, Loss, read_metrics
 from recurrentgemma.experiments.config import InductionConfig
 from recurrentgemma.experiments.contenders import ContenderTask, contenders
-from recurrentgemma.experiments.training import trained
 
 _EVALUATION_SEED = 1_000_003  # Added to the run's, so that no row is both trained on and scored.
 

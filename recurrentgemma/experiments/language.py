@@ -11,12 +11,12 @@ from flax import nnx
 from common.data.pipeline import batches
 from common.data.token_store import TokenStore
 from common.errors import UserError
+from common.launch.experiments import load_trained, measured, trained
 from common.models import LanguageModel
 from common.nn.losses import chunked_nll
 from recurrentgemma.data import prepare_data
 from recurrentgemma.experiments.config import LanguageConfig
 from recurrentgemma.experiments.contenders import ContenderTask, contenders
-from recurrentgemma.experiments.training import load_trained, measured, trained
 
 PLACES = 32  # Points of the curve of loss by position.
 

@@ -1,4 +1,4 @@
-"""One training in a folder of its own, and measurements kept so that nothing is done twice."""
+"""What `reproduce` launchers are made of: trainings and measurements that are never done twice."""
 
 import json
 from collections.abc import Callable
@@ -12,9 +12,9 @@ from flax import nnx
 
 from common.checkpoint.store import load_params
 from common.launch.workdir import write_atomically
-from common.models import LanguageModel
 from common.train import ModelParts, Task, TrainConfig, Trainer, TrainResult
 from common.train.evaluate import EvalSets
+from common.train.task import PureDict
 from common.train.trainer import TrainBatches
 
 
@@ -30,16 +30,26 @@ def trained(
     eval_sets: EvalSets | None = None,
     *,
     seed: int = 0,
+    initial_params: Callable[[PureDict], PureDict] | None = None,
     resume_command: str | None = None,
 ) -> TrainResult:
     """Trains to the end from where `folder` stands; a finished training is not repeated.
+
+    The arguments are the Trainer's.
 
     Raises:
       Stopped: a signal came first.
     """
     print(f"training in {folder}", flush=True)
     trainer = Trainer(
-        task, config, folder, batches, eval_sets, seed=seed, resume_command=resume_command
+        task,
+        config,
+        folder,
+        batches,
+        eval_sets,
+        seed=seed,
+        initial_params=initial_params,
+        resume_command=resume_command,
     )
     result = trainer.run()
     if result.preempted:
@@ -47,8 +57,11 @@ def trained(
     return result
 
 
-def load_trained(task: Task, folder: Path, seed: int) -> LanguageModel:
-    """Returns the model that `trained` left in `folder`, on one device."""
+def load_trained(task: Task, folder: Path, seed: int) -> Any:
+    """Returns the model that `trained` left in `folder`, on one device.
+
+    The task may be another than that of the training, of a model with the same parameters.
+    """
     parts = ModelParts(task, seed)
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), nnx.to_pure_dict(parts.abstract_params)

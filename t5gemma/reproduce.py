@@ -1,0 +1,117 @@
+"""`python -m t5gemma.reproduce`: the paper's claims, each beside what it is claimed against."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from common.data.assets import asset
+from common.launch import Results, Run, RunFolder, launch
+from common.launch.experiments import Stopped, measured
+from common.sharding import make_mesh
+from common.train import check_config
+from t5gemma.experiments import claims, equal_flops, report
+from t5gemma.experiments.bench import Bench
+from t5gemma.experiments.config import PRESETS, BenchConfig, ReproduceConfig
+from t5gemma.experiments.equal_flops import measure_equal_flops
+from t5gemma.experiments.from_scratch import COPIED, SCRATCH, donor_name, measure_from_scratch
+from t5gemma.experiments.objectives import measure_objectives
+from t5gemma.experiments.unbalanced import measure_unbalanced
+
+EXAMPLES = [
+    "python -m t5gemma.reproduce --config=smoke --workdir=runs/t5-reproduce-smoke",
+    "python -m t5gemma.reproduce --config=cpu --workdir=runs/t5-reproduce-cpu",
+    "python -m t5gemma.reproduce --config=gpu --workdir=runs/t5-reproduce-gpu --set seed=1",
+]
+
+
+def reproduce(
+    config: ReproduceConfig, workdir: Path, resume_command: str | None = None
+) -> Results | None:
+    """Measures what `workdir` does not hold yet and writes the report.
+
+    Returns:
+      The results; None if a signal stopped a training, which the same command resumes.
+
+    Raises:
+      UserError: config, corpus, devices or folder do not fit, or a real donor is not installed.
+        What was there stays.
+    """
+    for bench in _benches(config):
+        check_config(bench.train, make_mesh(bench.train.mesh))
+        if bench.donor.asset is not None:
+            asset(bench.donor.asset)
+    folder = RunFolder(workdir)
+    folder.open(config)
+    start = time.perf_counter()
+    try:
+        found = _measure(config, folder.path, resume_command)
+    except Stopped:
+        return None
+    finally:
+        folder.close()
+    results = claims.results(config, found)
+    page = report.write(folder.report, results)
+    print(f"\n{results.claim}\n\n{results.setting}\n\n{results.summary()}\n")
+    print(f"{time.perf_counter() - start:.0f} s; report: {page}")
+    print(_headline(results))
+    return results
+
+
+def _benches(config: ReproduceConfig) -> list[BenchConfig]:
+    return [config.main] if config.other is None else [config.main, config.other]
+
+
+def _measure(config: ReproduceConfig, workdir: Path, resume_command: str | None) -> dict[str, Any]:
+    """Every experiment in turn, each taken from `workdir` if it was done before."""
+    main = Bench(config.main, workdir / "main", config.seed, resume_command)
+    other = main
+    if config.other is not None:
+        other = Bench(config.other, workdir / "other", config.seed, resume_command)
+    timing = config.timing
+    experiments = {
+        "from_scratch": lambda: measure_from_scratch(config.from_scratch, main),
+        "equal_flops": lambda: measure_equal_flops(timing, main),
+        "unbalanced": lambda: measure_unbalanced(config.unbalanced, timing, other),
+        "objectives": lambda: measure_objectives(config.objectives, other),
+        "other": lambda: {"donor": donor_name(other), "positions": other.positions},
+    }
+    found = {name: measured(workdir, name, run) for name, run in experiments.items()}
+    return {"device": jax.devices()[0].device_kind, **found}
+
+
+def _headline(results: Results) -> str:
+    holds = results.holds.values()
+    loss = results.measured["from_scratch"]["loss"]
+    flops = results.measured["equal_flops"]["flops"]
+    ratio = flops[equal_flops.ADAPTED] / flops[equal_flops.CONTINUED]
+    return (
+        f"{sum(holds)} of {len(holds)} expected outcomes came out; after equal tokens the adapted "
+        f"pair continues text at {loss[COPIED]:.3f} nats per token and the one from scratch at "
+        f"{loss[SCRATCH]:.3f}; an answer takes {ratio:.2f} times the FLOPs of the donor's"
+    )
+
+
+def _main(run: Run) -> None:
+    assert run.workdir is not None
+    reproduce(run.config, run.workdir, run.command)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the launcher."""
+    launch(
+        _main,
+        package="t5gemma",
+        verb="reproduce",
+        description="Adapted encoder-decoders beside models from scratch, their donors, other "
+        "objectives and other sizes.",
+        examples=EXAMPLES,
+        presets=PRESETS,
+        argv=argv,
+    )
+
+
+if __name__ == "__main__":
+    main()
