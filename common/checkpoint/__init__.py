@@ -8,6 +8,7 @@ from common.checkpoint.keymap import Piece as Piece
 from common.checkpoint.keymap import Row as Row
 from common.checkpoint.keymap import export_tensors as export_tensors
 from common.checkpoint.keymap import load_tensors as load_tensors
+from common.checkpoint.reader import RenamedTensors as RenamedTensors
 from common.checkpoint.reader import TensorReader as TensorReader
 from common.checkpoint.reader import subtree as subtree
 from common.checkpoint.safetensors import open_safetensors_file as open_safetensors_file
@@ -27,6 +28,7 @@ from common.checkpoint.transforms import AddConstant as AddConstant
 from common.checkpoint.transforms import Concat as Concat
 from common.checkpoint.transforms import FirstRows as FirstRows
 from common.checkpoint.transforms import InterleavedRotary as InterleavedRotary
+from common.checkpoint.transforms import LeadingZeros as LeadingZeros
 from common.checkpoint.transforms import Reshape as Reshape
 from common.checkpoint.transforms import Stack as Stack
 from common.checkpoint.transforms import Transform as Transform

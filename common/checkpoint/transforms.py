@@ -161,6 +161,31 @@ class FirstRows(_OneToOne):
 
 
 @dataclasses.dataclass(frozen=True)
+class LeadingZeros(_OneToOne):
+    """The source behind `rows` rows of zeros: a table that lacks its first rows.
+
+    Backwards those rows are dropped, whatever they hold.
+    """
+
+    rows: int
+
+    def source_shape(self, shape: Shape) -> Shape:
+        if not shape or shape[0] < self.rows:
+            raise ValueError(f"{self} cannot give shape {shape}")
+        return (shape[0] - self.rows, *shape[1:])
+
+    def reads(self, index: Index, shape: Shape, count: int) -> Reads | None:
+        return None
+
+    def forward(self, arrays: Sequence[np.ndarray], shape: Shape) -> np.ndarray:
+        padding = [(self.rows, 0)] + [(0, 0)] * (arrays[0].ndim - 1)
+        return np.pad(arrays[0], padding)
+
+    def inverse(self, array: np.ndarray, count: int) -> list[np.ndarray]:
+        return [array[self.rows :]]
+
+
+@dataclasses.dataclass(frozen=True)
 class AddConstant(_OneToOne):
     """`target = source + constant` (a norm stored without its one), computed in float64.
 

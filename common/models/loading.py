@@ -144,10 +144,10 @@ def save_workspace(
     config: dict[str, Any],
     dtype: jax.typing.DTypeLike | None = None,
 ) -> None:
-    """Writes a model folder of the workspace, the model's tokenizer with it.
+    """Writes a model folder of the workspace, the model's tokenizer with it, if it has one.
 
     Args:
-      model: a module with a `tokenizer`.
+      model: a module; a language model has a `tokenizer`.
       path: the new folder (`require_new`).
       package: which knows how to build the model.
       config: JSON-able fields of the model's config.
@@ -158,7 +158,7 @@ def save_workspace(
         params = jax.tree.map(lambda x: x.astype(dtype), params)
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = None
-        if model.tokenizer is not None:
+        if getattr(model, "tokenizer", None) is not None:
             tokenizer = Path(scratch) / TOKENIZER
             model.tokenizer.save(tokenizer)
         if path.exists():
