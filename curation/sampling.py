@@ -19,6 +19,7 @@ from curation.clusters import Hierarchy, Level
 
 Strategy = Literal["r", "c"]
 _CHUNK = 1 << 24  # points ranked together
+_DEVIATIONS = 6  # standard deviations to spare in guessing which points a random choice needs
 
 
 def balanced_sample(
@@ -144,21 +145,39 @@ def _take(level: Level, quotas: np.ndarray, strategy: Strategy, seed: int) -> np
     """Takes as many points of each cluster as its quota says: every one equally often, but one."""
     parts = [np.zeros(0, np.int64)]
     for start, stop in _portions(level.indptr):
-        sizes = level.sizes[start:stop]
-        members = np.asarray(level.indices[level.indptr[start] : level.indptr[stop]])
-        cluster = np.repeat(np.arange(len(sizes)), sizes)
+        ends = level.indptr[start : stop + 1]
+        members = np.asarray(level.indices[ends[0] : ends[-1]])
+        sizes = np.diff(ends)
         copies, rest = np.divmod(quotas[start:stop], np.maximum(sizes, 1))
-        times = copies[cluster]
         if strategy == "c":
-            times[_rank(cluster) < rest[cluster]] += 1
+            first = np.repeat(ends[:-1] - ends[0], rest)
+            once = first + _rank(np.repeat(np.arange(len(rest)), rest))
         else:
-            partly = np.flatnonzero(rest[cluster] > 0)
-            key = _priorities(seed, 0, members[partly]) >> np.uint64(24)
-            ranked = partly[np.argsort(key | (cluster[partly].astype(np.uint64) << np.uint64(40)))]
-            of = cluster[ranked]
-            times[ranked[_rank(of) < rest[of]]] += 1
-        parts.append(np.repeat(members, times).astype(np.int64))
+            once = _random_of_each(members, sizes, rest, seed)
+        parts.append(members[once].astype(np.int64))
+        if copies.any():
+            parts.append(np.repeat(members, np.repeat(copies, sizes)).astype(np.int64))
     return np.sort(np.concatenate(parts))
+
+
+def _random_of_each(
+    members: np.ndarray, sizes: np.ndarray, wanted: np.ndarray, seed: int
+) -> np.ndarray:
+    """Places of random members: `wanted` [K] of each of K clusters that stand one after another."""
+    priorities = _priorities(seed, 0, members)
+    # Most members need not be sorted: those beyond where the wanted ones surely end.
+    ample = (wanted + _DEVIATIONS * np.sqrt(wanted) + 16) / np.maximum(sizes, 1)
+    ample[wanted == 0] = -1
+    for bound in (ample, np.where(wanted > 0, 1.0, -1.0)):
+        near = priorities * 2.0**-64 <= np.repeat(bound, sizes)
+        places = np.flatnonzero(near)
+        cluster = np.repeat(np.arange(len(sizes)), sizes)[places]
+        if np.all(np.bincount(cluster, minlength=len(sizes)) >= wanted):
+            break
+    key = priorities[places] >> np.uint64(24) | cluster.astype(np.uint64) << np.uint64(40)
+    order = np.argsort(key, kind="stable")
+    cluster = cluster[order]
+    return places[order[_rank(cluster) < wanted[cluster]]]
 
 
 def _portions(indptr: np.ndarray) -> Iterator[tuple[int, int]]:

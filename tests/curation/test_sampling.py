@@ -192,13 +192,15 @@ def test_random_points_are_uniform():
 
 
 def test_the_same_seed_gives_the_same_sample(monkeypatch):
-    """However many points are ranked together."""
+    """However many points are ranked together, and if too few were at first."""
     rng = np.random.default_rng(3)
     labels = rng.integers(0, 40, 2000)
     tree = Hierarchy([Level.from_assignment(np.zeros((40, 1)), labels, rng.random(2000))])
     whole = balanced_sample(tree, 500, seed=11)
     assert not np.array_equal(whole, balanced_sample(tree, 500, seed=12))
     monkeypatch.setattr(module, "_CHUNK", 64)
+    np.testing.assert_array_equal(whole, balanced_sample(tree, 500, seed=11))
+    monkeypatch.setattr(module, "_DEVIATIONS", -6)
     np.testing.assert_array_equal(whole, balanced_sample(tree, 500, seed=11))
 
 
