@@ -1,7 +1,36 @@
 """Automatic data curation: clusters of clusters of embeddings, and balanced samples of them."""
 
+import sys
+import types
+from typing import Any
+
 from curation.clusters import Hierarchy, Level
+from curation.deduplication import decontaminate, deduplicate, duplicate_components
 from curation.hierarchy_files import load, save
+from curation.retrieval import retrieve, retrieve_clusters
 from curation.sampling import balanced_sample, flat_sample
 
-__all__ = ["Hierarchy", "Level", "balanced_sample", "flat_sample", "load", "save"]
+__all__ = [
+    "Hierarchy",
+    "Level",
+    "balanced_sample",
+    "decontaminate",
+    "deduplicate",
+    "duplicate_components",
+    "flat_sample",
+    "load",
+    "retrieve",
+    "retrieve_clusters",
+    "save",
+]
+
+
+class _Package(types.ModuleType):
+    """Keeps names of functions: importing the launchers of those names would replace them."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in __all__ and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -84,6 +84,16 @@ def flat_sample(
     return _take(flat, budgets, strategy, seed)
 
 
+def sample_clusters(level: Level, most: np.ndarray, size: int, seed: int = 0) -> np.ndarray:
+    """Samples random members, equally many of each cluster but at most `most` [K] of it.
+
+    Returns:
+      int64, ascending: `min(size, sum of most)` members, each once.
+    """
+    quotas = _share(np.minimum(most, level.sizes), size, seed, 1)
+    return _take(level, quotas, "r", seed)
+
+
 def water_fill(
     capacities: np.ndarray, indptr: np.ndarray, budgets: np.ndarray, priorities: np.ndarray
 ) -> np.ndarray:
