@@ -24,6 +24,7 @@ import numpy as np
 from common.data.files import write_atomically
 from common.errors import UserError
 from curation.clusters import Hierarchy, Level
+from curation.reference_files import is_reference, load_reference
 
 MANIFEST = "manifest.json"
 _FORMAT = "tenfold-hierarchy-1"
@@ -53,10 +54,10 @@ def save(hierarchy: Hierarchy, folder: str | os.PathLike[str]) -> None:
 
 
 def load(folder: str | os.PathLike[str], *, check: bool = True) -> Hierarchy:
-    """Maps a folder by `save` into memory.
+    """Maps a folder by `save` into memory, or reads a result of the paper's own code.
 
     Args:
-      folder: the one that holds `manifest.json`.
+      folder: the one that holds `manifest.json`, or `level1/sorted_clusters.npy`.
       check: read every file through and compare it with its checksum. Without it only sizes,
         shapes and dtypes are compared.
 
@@ -64,6 +65,8 @@ def load(folder: str | os.PathLike[str], *, check: bool = True) -> Hierarchy:
       UserError: the folder holds no whole hierarchy, or its files are not what was written.
     """
     folder = Path(folder)
+    if not is_hierarchy(folder) and is_reference(folder):
+        return load_reference(folder)
     manifest = _read_manifest(folder)
     try:
         files: Mapping[str, Any] = manifest["files"]
