@@ -6,6 +6,7 @@ program (as PostScript does), and none whose pixels outnumber a limit.
 
 import io
 import os
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -54,25 +55,30 @@ def open_image(
     """
     if name is None:
         name = "image" if isinstance(source, bytes) else repr(os.fspath(source))
-    try:
-        with Image.open(
-            io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()
-        ) as image:
-            if image.width * image.height > max_pixels:
-                raise DamagedRecord(
-                    f"{name}: {image.width} × {image.height} pixels are more than the limit of "
-                    f"{max_pixels:,}"
-                )
-            return _to_rgb(ImageOps.exif_transpose(image), background, stretch)
-    except DamagedRecord:
-        raise
-    except Image.UnidentifiedImageError as error:
-        raise DamagedRecord(f"{name}: not an image in a format that is read here") from error
-    except OSError as error:
-        raise DamagedRecord(f"{name}: {error.strerror or error}") from error
-    except (Exception, MemoryError) as error:
-        # Pillow's parsers raise whatever a malformed file makes them run into.
-        raise DamagedRecord(f"{name}: damaged ({type(error).__name__}: {error})") from error
+
+    def read(image: Image.Image) -> np.ndarray:
+        return _to_rgb(ImageOps.exif_transpose(image), background, stretch)
+
+    return _opened(source, name, max_pixels, read)
+
+
+def open_map(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Reads the values of an image of one channel as they are stored: labels, depths.
+
+    Returns:
+        [H, W] of the file's own type; of a palette the numbers of colours.
+
+    Raises:
+        DamagedRecord: As for `open_image`, or it has several channels.
+    """
+    name = repr(os.fspath(path))
+
+    def read(image: Image.Image) -> np.ndarray:
+        if image.mode not in ("1", "L", "P", "F") and not image.mode.startswith("I"):
+            raise DamagedRecord(f"{name}: one channel was expected, this is {image.mode}")
+        return np.asarray(image)
+
+    return _opened(path, name, max_pixels, read)
 
 
 def to_uint8(values: np.ndarray, stretch: bool = False) -> np.ndarray:
@@ -113,6 +119,33 @@ def to_rgb(array: np.ndarray, background: tuple[int, int, int] = WHITE) -> np.nd
         mixed = array[..., :-1] * opacity + below * (255 - opacity)
         array = ((mixed + 127) // 255).astype(np.uint8)
     return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)))
+
+
+def _opened(
+    source: str | os.PathLike[str] | bytes,
+    name: str,
+    max_pixels: int,
+    read: Callable[[Image.Image], np.ndarray],
+) -> np.ndarray:
+    """What `read` makes of an image; whatever goes wrong is a DamagedRecord."""
+    stream = io.BytesIO(source) if isinstance(source, bytes) else source
+    try:
+        with Image.open(stream, formats=_formats()) as image:
+            if image.width * image.height > max_pixels:
+                raise DamagedRecord(
+                    f"{name}: {image.width} × {image.height} pixels are more than the limit of "
+                    f"{max_pixels:,}"
+                )
+            return read(image)
+    except DamagedRecord:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise DamagedRecord(f"{name}: not an image in a format that is read here") from error
+    except OSError as error:
+        raise DamagedRecord(f"{name}: {error.strerror or error}") from error
+    except (Exception, MemoryError) as error:
+        # Pillow's parsers raise whatever a malformed file makes them run into.
+        raise DamagedRecord(f"{name}: damaged ({type(error).__name__}: {error})") from error
 
 
 @cache
