@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import cache
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from common.data.sources import DamagedRecord
 
@@ -20,6 +20,7 @@ SUFFIXES = (
 )  # fmt: skip
 MAX_PIXELS = 89_478_485  # Where Pillow, too, begins to suspect a decompression bomb.
 WHITE = (255, 255, 255)
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 
@@ -79,6 +80,22 @@ def open_map(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> n
         return np.asarray(image)
 
     return _opened(path, name, max_pixels, read)
+
+
+def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Height and width that `open_image` will give, from the file's head alone.
+
+    Raises:
+        DamagedRecord: It is no image that can be read.
+    """
+    name = repr(os.fspath(path))
+    try:
+        with Image.open(path, formats=_formats()) as image:
+            width, height = image.size
+            turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+    except Exception as error:  # As in `open_image`.
+        raise DamagedRecord(f"{name}: not an image that can be read ({error})") from error
+    return (width, height) if turned else (height, width)
 
 
 def to_uint8(values: np.ndarray, stretch: bool = False) -> np.ndarray:

@@ -9,19 +9,36 @@ LINE_SECONDS = 10.0  # Between lines where there is no terminal.
 
 
 class Progress:
-    """Shows step, loss, rate, time left and, on accelerators, MFU."""
+    """Shows step, loss, rate, time left and, on accelerators, MFU.
 
-    def __init__(self, step: int, steps: int, *, unit: str = "tokens", active: bool = True):
+    Args:
+      step: where the run stands.
+      steps: where it ends.
+      unit: of what there is a rate.
+      counted: what a step is.
+      active: whether to show anything.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        steps: int,
+        *,
+        unit: str = "tokens",
+        counted: str = "step",
+        active: bool = True,
+    ):
         self._active = active
         self._steps = steps
         self._unit = unit
+        self._counted = counted
         self._first: tuple[int, float] | None = None  # Step and time of the first update.
         self._printed = 0.0
         self._bar: Any = None
         if active and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(total=steps, initial=step, unit=counted, dynamic_ncols=True)
 
     def update(self, step: int, values: Mapping[str, float | int], *, force: bool = False) -> None:
         """Shows the numbers of a step; lines appear every few seconds, or when forced."""
@@ -40,7 +57,7 @@ class Progress:
         if step > first_step:
             seconds = (now - first_time) / (step - first_step) * (self._steps - step)
             left = f"  {_duration(seconds)} left"
-        self._print(f"step {step}/{self._steps}  {self._summary(values)}{left}")
+        self._print(f"{self._counted} {step}/{self._steps}  {self._summary(values)}{left}")
 
     def say(self, text: str) -> None:
         """Prints a line without tearing the bar."""
@@ -53,7 +70,7 @@ class Progress:
             self._bar = None
 
     def _summary(self, values: Mapping[str, float | int]) -> str:
-        parts = [f"loss {values['loss']:.4f}"]
+        parts = [f"loss {values['loss']:.4f}"] if "loss" in values else []
         for name, value in values.items():
             match name.split("/"):
                 case ["eval", *_, "loss"]:
