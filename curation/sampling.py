@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from common.data.shuffle import mix
 from common.errors import UserError
 from curation.clusters import Hierarchy, Level
 
@@ -206,13 +207,9 @@ def _rank(groups: np.ndarray) -> np.ndarray:
 
 
 def _priorities(seed: int, level: int, numbers: np.ndarray) -> np.ndarray:
-    """Random uint64 that follow from seed, level and number alone (the SplitMix64 generator)."""
-    stream = np.random.SeedSequence([seed, level]).generate_state(1, np.uint64)[0]
-    with np.errstate(over="ignore"):
-        z = (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + stream
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
+    """Random uint64 that follow from seed, level and number alone."""
+    stream = np.random.SeedSequence([seed, level]).generate_state(1, np.uint64)
+    return mix(numbers.astype(np.uint64) ^ stream)
 
 
 def _check(size: int, strategy: str, seed: int, multiplier: int) -> None:
