@@ -1,5 +1,6 @@
 """One configuration for every kind of set of images, and the function that opens it."""
 
+import os
 from dataclasses import dataclass
 
 from common.data import image_assets
@@ -19,9 +20,8 @@ from common.data.record_sources import tfds_folder
 from common.data.sources import selected
 from common.errors import UserError, nearest
 
-KINDS = (
-    "folder", "arrays", "array_record", "tfds", "shapes", "glyphs", "animals", "digits", "faces",
-)  # fmt: skip
+BUILT_IN = ("shapes", "glyphs", "animals", "digits", "faces")
+KINDS = ("folder", "arrays", "array_record", "tfds", *BUILT_IN)
 _ASSETS = {
     "animals": image_assets.animals,
     "digits": image_assets.digits,
@@ -120,3 +120,26 @@ def _open_kind(config: ImageConfig) -> ImageSource:
 
 def _name(config: ImageConfig) -> str:
     return f"the set of images '{config.kind}'" + (f" at '{config.path}'" if config.path else "")
+
+
+def parse_images(text: str) -> ImageConfig:
+    """The configuration that a short name stands for, as commands take it.
+
+    A folder of images (or of a prepared tfds dataset, `FOLDER@SUBSET` for another subset than
+    "train"), an .npz or .npy file, array_record files (by a name with "array_record" in it), or a
+    set that comes with packages, `NAME`, `NAME:train` or `NAME:heldout`.
+    """
+    name, _, split = text.partition(":")
+    if name in BUILT_IN and split in ("", "train", "heldout"):
+        share = 0.2 if split else 0.0
+        return ImageConfig(name, split=split or "all", heldout_fraction=share)
+    path, at, subset = text.rpartition("@")
+    if not at or os.path.exists(os.path.expanduser(text)):
+        path, subset = text, "train"
+    if os.path.isfile(os.path.join(os.path.expanduser(path), "dataset_info.json")):
+        return ImageConfig("tfds", path, subset=subset, split="all")
+    if "array_record" in os.path.basename(text):
+        return ImageConfig("array_record", text, split="all")
+    if text.endswith((".npz", ".npy")):
+        return ImageConfig("arrays", text, split="all")
+    return ImageConfig("folder", text, split="all")

@@ -102,6 +102,26 @@ class DrawnLabels(DenseSource):
         return image, np.where(covered, self._images.labels[number] + 1, 0).astype(np.int32)
 
 
+class _Few(DenseSource):
+    """Some pairs of another source."""
+
+    def __init__(self, source: DenseSource, numbers: np.ndarray):
+        self._source, self._numbers = source, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> Pair:
+        return self._source[int(self._numbers[index])]
+
+
+def spread(source: DenseSource, most: int | None) -> DenseSource:
+    """At most `most` pairs at equal distances, or all of them."""
+    if most is None or most >= len(source):
+        return source
+    return _Few(source, np.arange(most) * len(source) // most)
+
+
 def read_labels(path: Path, reduce_zero: bool = False) -> np.ndarray:
     """A label map, int32 [H, W]. With `reduce_zero` label 0 is ignored and others are one less."""
     values = open_map(path)
@@ -131,21 +151,21 @@ def read_depth(path: Path, scale: float) -> np.ndarray:
 def open_labels(
     images: str, maps: str | None, *, reduce_zero: bool = False, drawn: tuple[int, int] = (32, 1024)
 ) -> DenseSource:
-    """Labelled images: two folders, or "shapes" or "glyphs", of which train and test differ.
+    """Labelled images: two folders, or drawn ones, whose two parts differ.
 
     Args:
-        images: A folder; or "shapes:train", "shapes:test" and the like.
+        images: A folder; or "shapes:train", "glyphs:heldout" and the like.
         maps: The folder of label maps.
         reduce_zero: See `read_labels`.
-        drawn: Side and number of drawn images; a quarter as many for testing.
+        drawn: Side and number of drawn images; a quarter as many are held out.
     """
     kind, _, part = images.partition(":")
     if maps is not None:
         return PairedFolders(images, maps, lambda path: read_labels(path, reduce_zero))
-    if kind not in ("shapes", "glyphs") or part not in ("train", "test"):
+    names = [f"{kind}:{part}" for kind in ("shapes", "glyphs") for part in ("train", "heldout")]
+    if images not in names:
         raise UserError(
-            f"'{images}' needs a folder of label maps beside it"
-            f"{nearest(images, ('shapes:train', 'shapes:test', 'glyphs:train', 'glyphs:test'))}"
+            f"'{images}' needs a folder of label maps beside it{nearest(images, names)}"
         )
     size, count = drawn
     total = count + count // 4

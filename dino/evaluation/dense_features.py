@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.sharding import place_rows
-from dino.evaluation.features import FeatureModel
+from dino.evaluation.features import FeatureModel, placed
 
 
 def padded_to_patches(size: int, patch: int) -> tuple[int, int]:
@@ -35,8 +34,7 @@ def patch_map(
     """
     pads = [padded_to_patches(size, patch) for size in images.shape[1:3]]
     padded = np.pad(images, [(0, 0), *pads, (0, 0)])
-    placed = jnp.asarray(padded) if mesh is None else place_rows(mesh, {"images": padded})["images"]
-    normalized = model.normalize(placed)
+    normalized = model.normalize(placed(padded, mesh))
     if any(sum(pad) for pad in pads):
         inside = np.pad(np.ones(images.shape[1:3], np.float32), pads)
         normalized = normalized * inside[..., None]  # Padding is 0 after normalisation.

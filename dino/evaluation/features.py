@@ -19,7 +19,7 @@ from common.data.pipeline import RowOrder
 from common.data.sources import DamagedRecord
 from common.errors import UserError
 from common.models.vit import Tokens
-from common.sharding import place_rows
+from common.sharding import batch_shards, place_rows
 
 _AHEAD = 2  # Batches that are decoded while the device works.
 _TOGETHER = 64  # Batches of training whose records are asked for at once.
@@ -195,11 +195,20 @@ def pooled_features(
     model: FeatureModel, images: np.ndarray, layers: int, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """uint8 images [B, S, S, 3] to class tokens [layers, B, D] and mean patches [B, D]."""
-    placed = jnp.asarray(images) if mesh is None else place_rows(mesh, {"images": images})["images"]
-    tokens = model.features(model.normalize(placed), layers=layers)
+    tokens = model.features(model.normalize(placed(images, mesh)), layers=layers)
     if layers == 1:
         return tokens.cls[None], tokens.patches.astype(jnp.float32).mean(1)
     return jnp.stack(tokens.cls), tokens.patches[-1].astype(jnp.float32).mean(1)
+
+
+def placed(images: np.ndarray, mesh: jax.sharding.Mesh | None) -> jax.Array:
+    """Images on the mesh's devices: divided among them, or whole on each if they do not divide."""
+    if mesh is None:
+        return jnp.asarray(images)
+    if len(images) % batch_shards(mesh):
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        return jax.device_put(images, whole)
+    return place_rows(mesh, {"images": images})["images"]
 
 
 class ImageReader:

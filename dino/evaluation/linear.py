@@ -79,13 +79,20 @@ def head_inputs(cls: jax.Array, mean: jax.Array, config: LinearConfig) -> list[j
     return found
 
 
-def init_heads(width: int, classes: int, config: LinearConfig) -> Heads:
-    """Weights from N(0, 0.01²), biases 0; equal for all rates of one input."""
+def init_heads(width: int, pooled_width: int, classes: int, config: LinearConfig) -> Heads:
+    """Weights from N(0, 0.01²), biases 0; equal for all rates of one input.
+
+    Args:
+        width: Of a class token.
+        pooled_width: Of a mean patch, the same for any model but pixels.
+        classes: C.
+        config: The grid.
+    """
     heads, rates = [], len(config.learning_rates)
     for key, (blocks, pooled) in zip(
         jax.random.split(jax.random.key(config.seed), len(config.inputs)), config.inputs
     ):
-        kernel = 0.01 * jax.random.normal(key, (width * (blocks + pooled), classes))
+        kernel = 0.01 * jax.random.normal(key, (width * blocks + pooled_width * pooled, classes))
         heads.append({
             "kernel": jnp.tile(kernel, (rates, 1, 1)), "bias": jnp.zeros((rates, classes))
         })  # fmt: skip
@@ -137,14 +144,14 @@ def _step(
     return heads, velocity, losses
 
 
-def train_heads(
-    batches: Iterator[FeatureBatch], width: int, classes: int, config: LinearConfig
-) -> Heads:
-    """Trains all heads on `config.steps` batches of features of `width` values each."""
-    heads = init_heads(width, classes, config)
-    velocity = jax.tree.map(jnp.zeros_like, heads)
+def train_heads(batches: Iterator[FeatureBatch], classes: int, config: LinearConfig) -> Heads:
+    """Trains all heads on `config.steps` batches of features."""
+    heads, velocity = None, None
     for step in tqdm(range(config.steps), desc="linear heads", unit="step", disable=None):
         cls, mean, labels = next(batches)
+        if heads is None:
+            heads = init_heads(cls.shape[-1], mean.shape[-1], classes, config)
+            velocity = jax.tree.map(jnp.zeros_like, heads)
         heads, velocity, _ = _step(
             heads,
             velocity,
@@ -154,6 +161,8 @@ def train_heads(
             jnp.float32(step / config.steps),
             config=config,
         )
+    if heads is None:
+        raise UserError("linear heads need one step or more")
     return heads
 
 

@@ -274,7 +274,7 @@ def test_depth_files(tmp_path):
 
 def test_drawn_labels():
     train, test = (
-        open_labels(f"shapes:{part}", None, drawn=(24, 16)) for part in ("train", "test")
+        open_labels(f"shapes:{part}", None, drawn=(24, 16)) for part in ("train", "heldout")
     )
     assert (len(train), len(test)) == (16, 4)
     image, labels = train[3]

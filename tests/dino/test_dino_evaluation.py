@@ -123,7 +123,7 @@ def layered(clusters):
 def test_the_grid_has_52_heads_and_their_widths():
     config = LinearConfig()
     assert len(config.names) == len(set(config.names)) == 52
-    heads = init_heads(6, 3, config)
+    heads = init_heads(6, 6, 3, config)
     assert [head["kernel"].shape for head in heads] == [(13, width, 3) for width in (6, 12, 24, 30)]
     assert abs(float(jnp.std(heads[3]["kernel"])) - 0.01) < 0.002
     cls = jnp.arange(4.0)[:, None, None] * jnp.ones((4, 1, 2))
@@ -138,8 +138,8 @@ def test_one_pass_trains_each_head_as_if_it_were_alone(layered):
     config = LinearConfig(
         learning_rates=(0.01, 0.1), blocks=(1, 2), avgpool=(False, True), steps=7, batch=32
     )
-    heads = train_heads(stored_batches(train, config), 8, 4, config)
-    starts = init_heads(8, 4, config)
+    heads = train_heads(stored_batches(train, config), 4, config)
+    starts = init_heads(8, 8, 4, config)
     for number, (blocks, pooled) in enumerate(config.inputs):
         for r, base in enumerate(config.learning_rates):
             w = np.asarray(starts[number]["kernel"][r], np.float64)
@@ -162,7 +162,7 @@ def test_one_pass_trains_each_head_as_if_it_were_alone(layered):
 def test_the_grid_finds_a_good_head(layered):
     train, test = layered
     config = LinearConfig(steps=150, batch=64)
-    predicted = predict(train_heads(stored_batches(train, config), 8, 4, config), test, config)
+    predicted = predict(train_heads(stored_batches(train, config), 4, config), test, config)
     assert predicted.shape == (52, 90)
     best, scores = best_head(predicted, test.labels, config.names, accuracy)
     assert scores[config.names[best]] == max(scores.values()) > 0.6

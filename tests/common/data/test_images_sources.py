@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.data.image_corpus import ImageConfig, open_images
+from common.data.image_corpus import ImageConfig, open_images, parse_images
 from common.data.image_sets import Glyphs, Shapes
 from common.data.image_sources import HealthyImages, ImageArrays, find_images
 from common.data.sources import DamagedRecord
@@ -285,3 +285,18 @@ def test_raw_pixels_do_not_tell_the_classes_of_drawn_images(kind):
     votes = np.stack([(source.labels[nearest] == c).sum(1) for c in range(len(source.classes))], 1)
     right = (votes.argmax(1) == source.labels[800:]).mean()
     assert right < 3.0 / len(source.classes)
+
+
+def test_short_names(tmp_path):
+    """What commands take for a set of images."""
+    assert parse_images("shapes") == ImageConfig("shapes", split="all")
+    assert parse_images("animals:heldout").heldout_fraction == 0.2
+    assert parse_images("a/b.npz").kind == "arrays"
+    assert parse_images("a/x.array_record*").kind == "array_record"
+    assert parse_images("a/shapes").kind == "folder"
+    (tmp_path / "dataset_info.json").write_text("{}")
+    assert parse_images(f"{tmp_path}").kind == "tfds"
+    prepared = parse_images(f"{tmp_path}@test")
+    assert (prepared.path, prepared.subset) == (str(tmp_path), "test")
+    train, heldout = (open_images(parse_images(f"shapes:{part}")) for part in ("train", "heldout"))
+    assert not set(train.keys()) & set(heldout.keys())
