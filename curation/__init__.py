@@ -7,17 +7,20 @@ from typing import Any
 from curation.clusters import Hierarchy, Level
 from curation.deduplication import decontaminate, deduplicate, duplicate_components
 from curation.hierarchy_files import load, save
+from curation.kmeans import KMeans, kmeans
 from curation.retrieval import retrieve, retrieve_clusters
 from curation.sampling import balanced_sample, flat_sample
 
 __all__ = [
     "Hierarchy",
+    "KMeans",
     "Level",
     "balanced_sample",
     "decontaminate",
     "deduplicate",
     "duplicate_components",
     "flat_sample",
+    "kmeans",
     "load",
     "retrieve",
     "retrieve_clusters",

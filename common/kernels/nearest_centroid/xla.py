@@ -25,61 +25,89 @@ def search(x: jax.Array, c: jax.Array, half: jax.Array) -> tuple[jax.Array, jax.
         The index `[N]` in int32 and the score `[N]` in float32: infinite, at index 0, if no score
         is less.
     """
-    return lax.platform_dependent(
+    index, score = lax.platform_dependent(
         x,
         c,
         half,
         cpu=functools.partial(tiled, tile=_CPU_TILE),
         default=functools.partial(tiled, tile=_ACCELERATOR_TILE),
     )
+    return index, score
+
+
+def search_two(
+    x: jax.Array, c: jax.Array, half: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `search`, and returns the next higher score too: the same one where two are equal."""
+    index, score, following = lax.platform_dependent(
+        x,
+        c,
+        half,
+        cpu=functools.partial(tiled, tile=_CPU_TILE, two=True),
+        default=functools.partial(tiled, tile=_ACCELERATOR_TILE, two=True),
+    )
+    return index, score, following
 
 
 def tiled(
-    x: jax.Array, c: jax.Array, half: jax.Array, *, tile: tuple[int, int]
-) -> tuple[jax.Array, jax.Array]:
+    x: jax.Array, c: jax.Array, half: jax.Array, *, tile: tuple[int, int], two: bool = False
+) -> tuple[jax.Array, ...]:
     """Searches tile by tile of `(rows, centroids)`."""
     total = x.shape[0]
     count, size = _even(total, tile[0])
     most = tile[0] * tile[1] // size
     if count == 1:
-        return _rows(x, c, half, most=most)
+        return _rows(x, c, half, most=most, two=two)
 
-    def step(i: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def step(i: jax.Array, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         # The last block begins early enough to be whole, and finds some rows again.
         start = jnp.minimum(i * size, total - size)
-        block = _rows(lax.dynamic_slice_in_dim(x, start, size), c, half, most=most)
+        rows = lax.dynamic_slice_in_dim(x, start, size)
+        block = _rows(rows, c, half, most=most, two=two)
         return tuple(
             lax.dynamic_update_slice_in_dim(whole, part, start, axis=0)
             for whole, part in zip(found, block, strict=True)
         )
 
-    empty = (jnp.zeros((total,), jnp.int32), jnp.zeros((total,), jnp.float32))
+    empty = (jnp.zeros((total,), jnp.int32), *[jnp.zeros((total,), jnp.float32)] * (1 + two))
     return lax.fori_loop(0, count, step, empty)
 
 
-def _rows(x: jax.Array, c: jax.Array, half: jax.Array, *, most: int) -> tuple[jax.Array, jax.Array]:
+def _rows(
+    x: jax.Array, c: jax.Array, half: jax.Array, *, most: int, two: bool
+) -> tuple[jax.Array, ...]:
     """Searches for all of `x` at once, over blocks of at most `most` centroids."""
     total = c.shape[0]
     count, size = _even(total, most)
 
-    def step(j: jax.Array | int, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        index, score = best
+    def step(j: jax.Array | int, best: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        index, score = best[:2]
         # Centroids seen twice do no harm: a later score must be less, not equal.
         start = jnp.minimum(j * size, total - size)
         block = lax.dynamic_slice_in_dim(c, start, size)
-        at, low = _tile(x, block, lax.dynamic_slice_in_dim(half, start, size))
+        block_half = lax.dynamic_slice_in_dim(half, start, size)
+        if two:  # Here it would: a row's best is its next best if seen again.
+            seen = start + jnp.arange(size) < j * size
+            block_half = jnp.where(seen, jnp.inf, block_half)
+        at, low, *following = _tile(x, block, block_half, two=two)
         less = low < score
-        return jnp.where(less, start + at, index), jnp.where(less, low, score)
+        found = jnp.where(less, start + at, index), jnp.where(less, low, score)
+        if not two:
+            return found
+        between = jnp.minimum(best[2], following[0])
+        return *found, jnp.minimum(between, jnp.maximum(low, score))
 
     rows = x.shape[0]
-    none = (jnp.zeros((rows,), jnp.int32), jnp.full((rows,), jnp.inf, jnp.float32))
+    worst = jnp.full((rows,), jnp.inf, jnp.float32)
+    none = (jnp.zeros((rows,), jnp.int32), *[worst] * (1 + two))
     return step(0, none) if count == 1 else lax.fori_loop(0, count, step, none)
 
 
-def _tile(x: jax.Array, c: jax.Array, half: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _tile(x: jax.Array, c: jax.Array, half: jax.Array, *, two: bool) -> tuple[jax.Array, ...]:
     """Returns the first place of the smallest score in each row of one tile, and the score.
 
-    Two plain minima: the CPU backend runs an arg-min some ten times slower.
+    With `two`, the next score as well. Plain minima, one after the other: the CPU backend runs an
+    arg-min some ten times slower.
     """
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     products = lax.dot_general(
@@ -90,7 +118,9 @@ def _tile(x: jax.Array, c: jax.Array, half: jax.Array) -> tuple[jax.Array, jax.A
     low = jnp.min(scores, axis=1)
     places = jnp.arange(c.shape[0], dtype=jnp.int32)
     at = jnp.min(jnp.where(scores == low[:, None], places, c.shape[0] - 1), axis=1)
-    return at, low
+    if not two:
+        return at, low
+    return at, low, jnp.min(jnp.where(places == at[:, None], jnp.inf, scores), axis=1)
 
 
 def _even(total: int, most: int) -> tuple[int, int]:

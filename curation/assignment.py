@@ -1,0 +1,177 @@
+"""One pass of k-means over rows on devices: the nearest centroid of each, and sums by cluster.
+
+Compiled once for a chunk's shape; the sums of a pass grow from chunk to chunk, apart on each
+device, and meet in `totals`.
+"""
+
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from common.kernels.nearest_centroid.reranked import nearest_float32, nearest_reranked
+from common.sharding import MESH_AXES
+from curation import exact_sums
+from curation.exact_sums import Sums
+
+Precision = Literal["bfloat16", "float32"]
+_SEARCHES = {"bfloat16": nearest_reranked, "float32": nearest_float32}
+_ROWS = PartitionSpec(MESH_AXES)
+_ALL = PartitionSpec()
+
+
+class Pass(NamedTuple):
+    """What a pass has gathered so far; the first dimension is that of the devices.
+
+    Attributes:
+      sums: of the rows of each cluster, on the grid of the data's span.
+      counts: rows of each cluster `[P, K]`.
+      changed: rows whose cluster is another than before `[P]`.
+    """
+
+    sums: Sums
+    counts: jax.Array
+    changed: jax.Array
+
+
+class Assigned(NamedTuple):
+    """What a pass says of a chunk's rows.
+
+    Attributes:
+      labels: nearest centroid int32 `[R]`.
+      distances: squared, to it, float32 `[R]`.
+      blocks: sums of the distances of each block.
+    """
+
+    labels: jax.Array
+    distances: jax.Array
+    blocks: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def start(mesh: Mesh, clusters: int, width: int) -> Pass:
+    """Returns a pass over nothing so far."""
+    empty = Pass(
+        exact_sums.zeros(clusters, width, (mesh.size,)),
+        jnp.zeros((mesh.size, clusters), jnp.int32),
+        jnp.zeros((mesh.size,), jnp.int32),
+    )
+    return lax.with_sharding_constraint(empty, NamedSharding(mesh, _ROWS))
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("mesh", "block", "precision", "update"),
+    donate_argnames=("so_far", "previous"),
+)
+def assign(
+    so_far: Pass,
+    x: jax.Array,
+    previous: jax.Array,
+    valid: jax.Array,
+    centroids: jax.Array,
+    span: jax.Array,
+    *,
+    mesh: Mesh,
+    block: int,
+    precision: Precision,
+    update: bool = True,
+) -> tuple[Pass, Assigned]:
+    """Assigns a chunk's rows.
+
+    Args:
+      so_far: the pass over the chunks before.
+      x: rows `[R, D]`, divided over all axes of the mesh.
+      previous: labels that they had `[R]`.
+      valid: how many of the rows there are; behind them, labels are K and distances zero.
+      centroids: `[K, D]`, of float32.
+      span: of the data.
+      mesh, block: where, and rows at a time.
+      precision: whether the search goes by bfloat16 first; winners are float32's in any case.
+      update: whether sums and counts are wanted.
+    """
+    here = functools.partial(_assign_shard, block=block, search=_SEARCHES[precision], update=update)
+    return jax.shard_map(
+        here,
+        mesh=mesh,
+        in_specs=(_ROWS, _ROWS, _ROWS, _ALL, _ALL, _ALL),
+        out_specs=(_ROWS, _ROWS),
+        check_vma=False,
+    )(so_far, x, previous, valid, centroids, span)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def totals(mesh: Mesh, parts: Pass) -> Pass:
+    """Adds up what the devices have gathered."""
+    whole = Pass(
+        exact_sums.total(parts.sums), jnp.sum(parts.counts, axis=0), jnp.sum(parts.changed)
+    )
+    return lax.with_sharding_constraint(whole, NamedSharding(mesh, _ALL))
+
+
+@jax.jit
+def move_rows(whole: Pass, x: jax.Array, old: jax.Array, new: jax.Array, span: jax.Array) -> Pass:
+    """Takes rows `[E, D]` from one cluster into another; a new label of K leaves a row out."""
+    there = new < whole.counts.shape[0]
+    old = jnp.where(there, old, whole.counts.shape[0])
+    sums = exact_sums.add_rows(whole.sums, -x, old, span)
+    sums = exact_sums.carry(exact_sums.add_rows(sums, x, new, span))
+    counts = whole.counts.at[old].add(-1, mode="drop").at[new].add(1, mode="drop")
+    return Pass(sums, counts, whole.changed)
+
+
+@jax.jit
+def move_centroids(
+    whole: Pass, centroids: jax.Array, span: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the mean of each cluster (the old centroid of empty ones), and the squared shift."""
+    means = exact_sums.means(whole.sums, whole.counts, span)
+    moved = jnp.where(whole.counts[:, None] > 0, means, centroids)
+    return moved, jnp.sum(jnp.square(moved - centroids))
+
+
+def _assign_shard(so_far, x, previous, valid, centroids, span, *, block, search, update):
+    """One device's part: `x [R, D]`, sums with a leading dimension of one."""
+    rows, clusters = x.shape[0], centroids.shape[0]
+    shard = lax.axis_index(MESH_AXES).astype(jnp.int32)
+    valid = jnp.clip(valid - shard * rows, 0, rows)
+    blocks = (valid + block - 1) // block
+    in_group = max(1, exact_sums.MOST_ROWS // block)
+    sums, counts, changed = jax.tree.map(lambda part: part[0], so_far)
+
+    def one_block(b, carry):
+        labels, distances, totals, sums, counts, changed = carry
+        part = lax.dynamic_slice_in_dim(x, b * block, block)
+        there = b * block + jnp.arange(block) < valid
+        label, distance = search(part, centroids)
+        label = jnp.where(there, label, clusters)
+        distance = jnp.where(there, distance, 0.0)
+        before = lax.dynamic_slice_in_dim(previous, b * block, block)
+        changed += jnp.sum(there & (label != before), dtype=jnp.int32)
+        labels = lax.dynamic_update_slice_in_dim(labels, label, b * block, axis=0)
+        distances = lax.dynamic_update_slice_in_dim(distances, distance, b * block, axis=0)
+        totals = totals.at[b].set(jnp.sum(distance))
+        if update:
+            sums = exact_sums.add_rows(sums, part, label, span)
+            counts = counts.at[label].add(1, mode="drop")
+        return labels, distances, totals, sums, counts, changed
+
+    def group(g, carry):
+        last = jnp.minimum((g + 1) * in_group, blocks)
+        *rest, sums, counts, changed = lax.fori_loop(g * in_group, last, one_block, carry)
+        return *rest, exact_sums.carry(sums) if update else sums, counts, changed
+
+    empty = (
+        jnp.full((rows,), clusters, jnp.int32),
+        jnp.zeros((rows,), jnp.float32),
+        jnp.zeros((rows // block,), jnp.float32),
+    )
+    groups = (blocks + in_group - 1) // in_group
+    labels, distances, totals, sums, counts, changed = lax.fori_loop(
+        0, groups, group, (*empty, sums, counts, changed)
+    )
+    so_far = jax.tree.map(lambda part: part[None], Pass(sums, counts, changed))
+    return so_far, Assigned(labels, distances, totals)

@@ -1,0 +1,125 @@
+"""Rows on the devices of a mesh: all at once where they fit, else a chunk at a time.
+
+Rows are computed in blocks of a fixed number, cut from the first row on. Which device a block is
+on, and in which chunk it comes, therefore changes nothing about its arithmetic, and results are the
+same to the last bit on any mesh.
+"""
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from common.sharding import MESH_AXES
+from curation.embeddings import Centred
+
+BLOCK = 4096
+_CHUNK_BYTES = 1 << 26  # of rows on one device, where they are streamed
+_RESIDENT_BYTES = 1 << 30  # of rows on one device, where they stay
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Some neighbouring rows.
+
+    Attributes:
+      first: number of the first of them.
+      valid: how many they are; what is behind them is zero.
+      x: float32 `[R, D]`, its rows divided over all axes of the mesh.
+    """
+
+    first: int
+    valid: int
+    x: jax.Array
+
+
+class DeviceRows:
+    """Centred embeddings on a mesh.
+
+    Attributes:
+      data: the embeddings.
+      mesh: over the devices of all processes.
+      shards: into how many parts the rows of a chunk are divided.
+      block: rows computed at a time.
+      shard_rows: rows of a chunk on one device, a multiple of `block`.
+      resident: whether all rows are one chunk that stays on the devices.
+    """
+
+    def __init__(self, data: Centred, mesh: Mesh, *, memory: int | None = None):
+        """Lays rows out.
+
+        Args:
+          data: the embeddings.
+          mesh: rows are divided over all its axes.
+          memory: bytes of rows that a device may hold; None for a gigabyte.
+        """
+        self.data, self.mesh = data, mesh
+        self.shards = mesh.size
+        self.block = min(BLOCK, 1 << max(3, (data.rows - 1).bit_length()))
+        blocks = -(-data.rows // (self.block * self.shards))
+        row_bytes = 4 * data.width
+        most = _RESIDENT_BYTES if memory is None else memory
+        self.resident = blocks * self.block * row_bytes <= most
+        if not self.resident:
+            # Three chunks are there at a time: computed, waiting, and read.
+            chunk = min(_CHUNK_BYTES, most // 3) // (self.block * row_bytes)
+            blocks = min(blocks, max(1, chunk))
+        self.shard_rows = self.block * (rounded_blocks(blocks) if self.resident else blocks)
+        self._sharding = NamedSharding(mesh, PartitionSpec(MESH_AXES))
+        self._kept: Chunk | None = None
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of a whole chunk."""
+        return self.shard_rows * self.shards
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-self.data.rows // self.chunk_rows)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Yields all chunks in order; the next one is read while one is computed."""
+        if self.resident:
+            self._kept = self._kept or self._place(0)
+            yield self._kept
+            return
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            following = pool.submit(self._place, 0)
+            for number in range(self.num_chunks):
+                chunk = following.result()
+                if number + 1 < self.num_chunks:
+                    following = pool.submit(self._place, number + 1)
+                yield chunk
+
+    def place_labels(self, labels: np.ndarray) -> jax.Array:
+        """Puts int32 `[chunk_rows]` onto the mesh, divided as the rows of a chunk."""
+        return jax.make_array_from_callback(
+            labels.shape, self._sharding, lambda index: labels[index]
+        )
+
+    def _place(self, number: int) -> Chunk:
+        first = number * self.chunk_rows
+        valid = min(self.chunk_rows, self.data.rows - first)
+
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(self.chunk_rows)
+            held = self.data.read(first + start, first + min(stop, valid)) if start < valid else ()
+            if len(held) == stop - start:
+                return np.ascontiguousarray(held)
+            rows = np.zeros((stop - start, self.data.width), np.float32)
+            rows[: len(held)] = held if len(held) else 0
+            return rows
+
+        shape = (self.chunk_rows, self.data.width)
+        return Chunk(first, valid, jax.make_array_from_callback(shape, self._sharding, shard))
+
+
+def rounded_blocks(blocks: int) -> int:
+    """Rounds small numbers up to one of few, so that similar sizes share a compiled program."""
+    if blocks <= 4 or blocks > 64:
+        return blocks
+    step = 1 << (blocks.bit_length() - 3)
+    return -(-blocks // step) * step

@@ -1,0 +1,229 @@
+"""Lloyd's iterations: every row to its nearest centroid, every centroid to the mean of its rows.
+
+The same loop for rows that stay on the devices and for rows that stream past them. Means come from
+sums that do not depend on order, so that the iterations are the same on any mesh.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from curation import assignment
+from curation.assignment import Pass, Precision
+from curation.checkpointing import Checkpoints
+from curation.device_rows import Chunk, DeviceRows
+
+Empty = Literal["repair", "keep"]
+MOST_REPAIRS = 1024  # of empty clusters in one iteration
+
+Report = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class LloydConfig:
+    """How to iterate.
+
+    Attributes:
+      iterations: at the most.
+      tolerance: stop when the squared shifts of all centroids add up to no more than this.
+      empty: "repair" puts a centroid that no row is nearest to onto one of the rows farthest from
+        their own; "keep" leaves it where it is.
+      precision: of the search for winners, which are float32's in any case.
+    """
+
+    iterations: int
+    tolerance: float
+    empty: Empty
+    precision: Precision
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Assignment:
+    """All rows and their nearest centroids.
+
+    Attributes:
+      labels: int32 [N].
+      distances: squared, float32 [N].
+      inertia: their sum.
+    """
+
+    labels: np.ndarray
+    distances: np.ndarray
+    inertia: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Clustering:
+    """Where the iterations ended: centroids `[K, D]` of centred rows, and who is nearest."""
+
+    centroids: np.ndarray
+    assignment: Assignment
+    iterations: int
+    converged: bool
+
+
+def lloyd(
+    rows: DeviceRows,
+    centroids: np.ndarray,
+    config: LloydConfig,
+    *,
+    checkpoints: Checkpoints | None = None,
+    report: Report | None = None,
+) -> Clustering:
+    """Iterates from given centroids until no row changes its cluster.
+
+    Interrupted and called again with the same checkpoints, it goes on with the last iteration kept
+    and ends where it would have ended.
+
+    Args:
+      rows: of which the centroids are to be means.
+      centroids: where to start, `[K, D]`.
+      config: how to iterate.
+      checkpoints: where centroids are kept between iterations.
+      report: called with "iteration", iterations done and all of them.
+    """
+    span = np.float32(rows.data.span)
+    done, shift = 0, math.inf
+    if checkpoints and (kept := checkpoints.load("lloyd")) is not None:
+        centroids, done, shift = kept["centroids"], int(kept["done"]), float(kept["shift"])
+    here = _everywhere(rows, centroids)
+    state = _State(rows, len(centroids))
+    converged = shift <= config.tolerance
+    while True:
+        last = done >= config.iterations or converged
+        whole, inertia = state.assign(here, config.precision, update=not last)
+        if last or whole.changed == 0:
+            return Clustering(
+                np.asarray(here), state.finished(inertia), done, converged or not last
+            )
+        if config.empty == "repair":
+            whole = _repair(rows, state, whole, span)
+        here, moved = assignment.move_centroids(whole, here, span)
+        done, shift = done + 1, float(moved)
+        converged = shift <= config.tolerance
+        if report:
+            report("iteration", done, config.iterations)
+        if checkpoints and checkpoints.due():
+            kept = {"done": np.asarray(done), "shift": np.asarray(shift)}
+            checkpoints.save("lloyd", centroids=np.asarray(here), **kept)
+
+
+def assign_rows(rows: DeviceRows, centroids: np.ndarray, precision: Precision) -> Assignment:
+    """Assigns all rows to given centroids `[K, D]` of centred rows."""
+    state = _State(rows, len(centroids))
+    _, inertia = state.assign(_everywhere(rows, centroids), precision, update=False)
+    return state.finished(inertia)
+
+
+class _State:
+    """Labels and distances of all rows, in every process, from pass to pass."""
+
+    def __init__(self, rows: DeviceRows, clusters: int):
+        self._rows, self._clusters = rows, clusters
+        self._kept: jax.Array | None = None  # the labels of resident rows
+        self._labels = np.full(rows.data.rows, clusters, np.int32)
+        self.distances = np.zeros(rows.data.rows, np.float32)
+
+    def assign(
+        self, centroids: jax.Array, precision: Precision, *, update: bool
+    ) -> tuple[Pass, float]:
+        """Passes over all rows; returns what the devices have gathered, and the inertia."""
+        rows, blocks, waiting = self._rows, [], None
+        so_far = assignment.start(rows.mesh, self._clusters, rows.data.width)
+        for chunk in rows.chunks():
+            so_far, assigned = assignment.assign(
+                so_far,
+                chunk.x,
+                self._before(chunk),
+                np.int32(chunk.valid),
+                centroids,
+                np.float32(rows.data.span),
+                mesh=rows.mesh,
+                block=rows.block,
+                precision=precision,
+                update=update,
+            )
+            if rows.resident:
+                self._kept = assigned.labels
+            if waiting:  # Devices are busy with this chunk while the one before is fetched.
+                blocks.append(self._take(*waiting))
+            waiting = chunk, assigned
+        blocks.append(self._take(*waiting))
+        return assignment.totals(rows.mesh, so_far), math.fsum(np.concatenate(blocks).tolist())
+
+    def finished(self, inertia: float) -> Assignment:
+        return Assignment(self._labels, self.distances, inertia)
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self._labels
+
+    def _before(self, chunk: Chunk) -> jax.Array:
+        if self._kept is not None:
+            return self._kept
+        labels = np.full(self._rows.chunk_rows, self._clusters, np.int32)
+        labels[: chunk.valid] = self._labels[chunk.first : chunk.first + chunk.valid]
+        return self._rows.place_labels(labels)
+
+    def _take(self, chunk: Chunk, assigned: assignment.Assigned) -> np.ndarray:
+        there = slice(chunk.first, chunk.first + chunk.valid)
+        self._labels[there] = fetch(assigned.labels)[: chunk.valid]
+        self.distances[there] = fetch(assigned.distances)[: chunk.valid]
+        return fetch(assigned.blocks)
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """Returns a whole array in every process."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def _everywhere(rows: DeviceRows, array: np.ndarray) -> jax.Array:
+    sharding = NamedSharding(rows.mesh, PartitionSpec())
+    array = np.asarray(array, np.float32)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _repair(rows: DeviceRows, state: _State, whole: Pass, span: np.float32) -> Pass:
+    """Gives each empty cluster one of the rows farthest from their centroids, the farthest first.
+
+    A row that is its cluster's last, or lies on its centroid, stays.
+    """
+    counts = np.array(whole.counts)
+    empty = np.flatnonzero(counts == 0)[:MOST_REPAIRS]
+    if not len(empty):
+        return whole
+    clusters = len(counts)
+    old = np.full(MOST_REPAIRS, clusters, np.int32)
+    new = np.full(MOST_REPAIRS, clusters, np.int32)
+    moved = []
+    for row in _farthest(state.distances, 2 * len(empty)):
+        label = state.labels[row]
+        if len(moved) == len(empty) or state.distances[row] == 0:
+            break
+        if counts[label] > 1:
+            counts[label] -= 1
+            old[len(moved)], new[len(moved)] = label, empty[len(moved)]
+            moved.append(row)
+    x = np.zeros((MOST_REPAIRS, rows.data.width), np.float32)
+    if moved:
+        x[: len(moved)] = rows.data.take(np.asarray(moved))
+    return assignment.move_rows(whole, x, old, new, span)
+
+
+def _farthest(distances: np.ndarray, count: int) -> np.ndarray:
+    """Returns the rows of the largest distances, in that order; of equal ones the first."""
+    if count < len(distances):
+        least = np.partition(distances, -count)[-count]
+        rows = np.flatnonzero(distances >= least)
+    else:
+        rows = np.arange(len(distances))
+    return rows[np.argsort(-distances[rows], kind="stable")][:count]

@@ -1,0 +1,64 @@
+"""The re-ranked search finds what float64 finds, where bfloat16 alone does not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common.kernels.nearest_centroid import nearest_centroid, xla
+from common.kernels.nearest_centroid.reranked import nearest_float32, nearest_reranked
+
+
+def oracle(x, c):
+    x, c = x.astype(np.float64), c.astype(np.float64)
+    index = np.argmin(0.5 * np.square(c).sum(axis=1) - x @ c.T, axis=1)
+    return index, np.square(x - c[index]).sum(axis=1)
+
+
+def draw(kind, rows=2000, centroids=300, width=64):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(rows, width))
+    if kind == "unit":
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+    c = x[rng.choice(rows, centroids, replace=False)] + 0.01 * rng.normal(size=(centroids, width))
+    if kind == "close":
+        c = c[0] + 0.05 * rng.normal(size=c.shape)
+    return x.astype(np.float32), c.astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "unit", "close"])
+def test_winners_are_those_of_float64(kind):
+    x, c = draw(kind)
+    want, distance = oracle(x, c)
+    rough, _ = nearest_centroid(jnp.asarray(x, jnp.bfloat16), jnp.asarray(c, jnp.bfloat16))
+    assert np.sum(np.asarray(rough) != want) > 5, "the data is too easy"
+    for search in (nearest_reranked, nearest_float32):
+        index, have = jax.jit(search)(x, c)
+        np.testing.assert_array_equal(index, want)
+        np.testing.assert_allclose(have, distance, rtol=1e-5)
+
+
+def test_of_equal_ones_the_first():
+    x, c = draw("gaussian", 200, 20)
+    index, _ = nearest_reranked(x, np.concatenate([c, c]))
+    assert int(index.max()) < 20
+
+
+@pytest.mark.parametrize(("rows", "centroids"), [(1, 1), (5, 1), (130, 3)])
+def test_few(rows, centroids):
+    x, c = draw("gaussian", rows=max(rows, centroids), centroids=centroids, width=3)
+    index, distance = nearest_reranked(x[:rows], c)
+    want, least = oracle(x[:rows], c)
+    np.testing.assert_array_equal(index, want)
+    np.testing.assert_allclose(distance, least, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("tile", [(64, 50), (1024, 1024), (256, 7)])
+def test_the_two_least_scores(tile):
+    x, c = draw("gaussian", 150, 120, 8)
+    c[7] = c[30]
+    half = 0.5 * np.square(c).sum(axis=1)
+    index, score, following = xla.tiled(x, c, half, tile=tile, two=True)
+    scores = half - x @ c.T
+    np.testing.assert_array_equal(index, scores.argmin(axis=1))
+    np.testing.assert_allclose([score, following], np.sort(scores, axis=1)[:, :2].T, atol=1e-5)
