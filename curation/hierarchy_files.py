@@ -24,6 +24,7 @@ import numpy as np
 from common.data.files import write_atomically
 from common.errors import UserError
 from curation.clusters import Hierarchy, Level
+from curation.npy_files import map_npy
 from curation.reference_files import is_reference, load_reference
 
 MANIFEST = "manifest.json"
@@ -185,18 +186,8 @@ def _map(folder: Path, name: str, files: Mapping[str, Any]) -> np.ndarray | None
         if Path(name).stem in _OPTIONAL:
             return None
         raise UserError(f"{folder / MANIFEST} does not name {name}")
-    path = folder / name
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError:  # An empty array does not map.
-        try:
-            array = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path} is not a .npy file of numbers: {error}") from error
-    except (OSError, EOFError) as error:
-        raise UserError(f"{path} is not a .npy file of numbers: {error}") from error
     # A plain array over the same memory: indexing the memmap class is several times slower.
-    return np.asarray(array)
+    return np.asarray(map_npy(folder / name))
 
 
 def _checksum(path: Path) -> int:

@@ -21,6 +21,7 @@ import numpy as np
 
 from common.errors import UserError
 from curation.clusters import Hierarchy, Level
+from curation.npy_files import map_npy
 
 CLUSTERS = "sorted_clusters.npy"
 CENTROIDS = "centroids.npy"
@@ -147,10 +148,10 @@ def _read_level(folder: Path) -> Level:
     centroids = None
     place = _find(folder, CENTROIDS)
     if place is not None:
-        try:
-            centroids = np.asarray(np.load(place, allow_pickle=False), np.float32)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{place} is not a .npy file of numbers: {error}") from error
+        centroids = np.asarray(map_npy(place))
+        if centroids.dtype.kind != "f":
+            raise UserError(f"{place} holds {centroids.dtype}: centroids are floating-point")
+        centroids = centroids.astype(np.float32)
     level = Level(centroids, indptr, indices)
     level.check(str(file))
     return level

@@ -137,7 +137,7 @@ def test_damaged_files(tmp_path):
     with pytest.raises(UserError, match="needs centroids"):
         load(tmp_path)
     np.save(tmp_path / "level1" / "centroids.npy", object_array([0]), allow_pickle=True)
-    with pytest.raises(UserError, match=r"centroids\.npy is not"):
+    with pytest.raises(UserError, match=r"centroids\.npy is truncated or damaged"):
         load(tmp_path)
     (tmp_path / "level1" / "centroids.npy").unlink()
     file = tmp_path / "level1" / "sorted_clusters.npy"
