@@ -1,11 +1,13 @@
 """Pictures of what a backbone sees: its patches' principal components as colours, and attention."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
 _EDGES = (1.0, 99.0)  # Percentiles that become the darkest and the brightest value.
+_COLUMNS = 4  # Of pictures in a row, where there are no more.
 _FEWEST = 8  # Patches of foreground below which there is none worth the name.
 
 
@@ -60,7 +62,7 @@ def attention_colors(weights: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 def side_by_side(
     image: np.ndarray, patches: Sequence[np.ndarray], smooth: bool = False
 ) -> Image.Image:
-    """An image and pictures of its patches, each as large as the image, in one row.
+    """An image and pictures of its patches, each as large as the image, row by row.
 
     Args:
       image: uint8 `[H, W, 3]`.
@@ -68,14 +70,19 @@ def side_by_side(
       smooth: blend from patch to patch, instead of showing each as a square.
     """
     height, width = image.shape[:2]
+    total = 1 + len(patches)
+    columns = total if total <= _COLUMNS else math.ceil(math.sqrt(total))
     gap = max(width // 64, 1)
-    canvas = Image.new("RGB", ((width + gap) * (1 + len(patches)) - gap, height), "white")
-    canvas.paste(Image.fromarray(image), (0, 0))
+    rows = -(-total // columns)
+    across, down = columns * (width + gap) - gap, rows * (height + gap) - gap
+    canvas = Image.new("RGB", (across, down), "white")
     manner = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
-    for n, picture in enumerate(patches, start=1):
-        canvas.paste(
-            Image.fromarray(picture).resize((width, height), manner), (n * (width + gap), 0)
-        )
+    for n, picture in enumerate([image, *patches]):
+        row, column = divmod(n, columns)
+        tile = Image.fromarray(picture)
+        if tile.size != (width, height):
+            tile = tile.resize((width, height), manner)
+        canvas.paste(tile, (column * (width + gap), row * (height + gap)))
     return canvas
 
 

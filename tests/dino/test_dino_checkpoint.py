@@ -13,9 +13,13 @@ from safetensors.numpy import load_file, save_file
 from torch_writer import Call, Global, archive, write_tensors
 
 import dino
+from common import values
+from common.checkpoint import save_params
 from common.convert import convert
 from common.errors import UserError
 from common.sharding import MeshConfig, make_mesh
+from dino.heads import HeadConfig
+from dino.networks import NetworkConfig, Pair
 
 
 def parameters(model) -> dict:
@@ -209,8 +213,20 @@ def test_positions_of_both_manners(originals, tmp_path):
         dino.load(folder, "timm")
 
 
-def test_a_run_s_teacher_is_a_backbone(originals):
-    assert_same(dino.as_backbone(originals["base"]), originals["base"])
+def test_a_training_run_gives_its_teacher(tmp_path):
+    network = NetworkConfig(BASE, HeadConfig(8, 4, 4), None)
+    pair = Pair(network, rngs=nnx.Rngs(1))
+    teacher = pair.teacher.backbone
+    teacher.cls_token[...] = teacher.cls_token[...] + 1
+    save_params(tmp_path / "checkpoints", nnx.to_pure_dict(nnx.state(pair, nnx.Param)))
+    config = {"model": values.encode(network, NetworkConfig), "seed": 0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = dino.load(tmp_path, dtype="bfloat16", param_dtype="float32")
+    assert_same(model, dino.as_backbone(teacher))
+    assert model.config == dataclasses.replace(BASE, dtype="bfloat16")
+    (tmp_path / "config.json").write_text(json.dumps({"model": {"vocab_size": 3}}))
+    with pytest.raises(UserError, match=r"no 'model\.backbone': not a run of dino"):
+        dino.load(tmp_path)
 
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path):

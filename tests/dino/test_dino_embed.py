@@ -313,3 +313,5 @@ def test_attention_colors():
     row = side_by_side(np.zeros((20, 64, 3), np.uint8), [picture, picture])
     assert row.size == (64 * 3 + 2, 20)
     assert row.getpixel((64 + 1 + 60, 19)) == (255, 255, 255)
+    many = side_by_side(np.zeros((20, 64, 3), np.uint8), [picture] * 6, smooth=True)
+    assert many.size == (64 * 3 + 2, 20 * 3 + 2)
