@@ -2,35 +2,28 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from common.checkpoint import (
-    Row,
-    TensorReader,
-    export_tensors,
-    open_checkpoint,
-    read_model_folder,
-    subtree,
-    write_safetensors,
-)
-from common.data.tokenizers import load_tokenizer
-from common.errors import UserError
+from common.checkpoint import Row, TensorReader, open_checkpoint, subtree
+from common.data.tokenizers import Tokenizer, load_tokenizer
 from common.launch import config as configs
 from common.models.loading import (
     TOKENIZER,
     Placement,
     attach_tokenizer,
+    open_workspace,
     read_json,
-    require_new,
+    recognise,
+    save_huggingface,
     save_workspace,
     stop_tokens,
+    tokenizer_beside,
+    write_as,
 )
 from common.sharding import DEFAULT_RULES, Rules
 from recurrentgemma import convert
@@ -69,27 +62,19 @@ def load(
       UserError: nothing there, damaged, or another model's checkpoint.
     """
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"no checkpoint at {path}: check the path")
     options: dict[str, Any] = {"dtype": dtype}
     if window_counts_self is not None:
         options["window_counts_self"] = window_counts_self
     placement = Placement(dtype if param_dtype is None else param_dtype, mesh, rules)
+    kind = recognise(path)
+    if kind == "workspace":
+        return _load_workspace(path, options, placement)
     build = functools.partial(_build, options=options, placement=placement)
-    if (path / "model.json").is_file() or (path / "checkpoints").is_dir():
-        model = _load_workspace(path, options, placement)
-    elif (path / "config.json").is_file():
-        data = read_json(path / "config.json")
-        config = convert.config_from_huggingface(data, str(path / "config.json"))
-        rows = convert.huggingface_rows
-        model = build(config, open_checkpoint(path), rows, ignore=convert.HUGGINGFACE_TIED)
-        model.stop_tokens = stop_tokens(path, data) or (DEFAULT_EOS,)
-    else:
-        model = _load_release(path, build)
-    folder = path if path.is_dir() else path.parent
-    for place in (folder / TOKENIZER, folder.parent / TOKENIZER):
-        if model.tokenizer is None and place.is_file() and not (folder / "model.json").is_file():
-            attach_tokenizer(model, load_tokenizer(place))
+    read = _load_huggingface if kind == "huggingface" else _load_release
+    model = read(path, build)
+    tokenizer = tokenizer_beside(path, _sentencepiece)
+    if tokenizer is not None:
+        attach_tokenizer(model, tokenizer)
     return model
 
 
@@ -111,13 +96,14 @@ def save(
       UserError: the folder is not empty, or the format cannot express the model.
     """
     path = Path(path)
-    require_new(path)
-    if format == "workspace":
+
+    def workspace() -> None:
         save_workspace(model, path, PACKAGE, configs.to_dict(model.config), dtype)
-    elif format == "huggingface":
+
+    def huggingface() -> None:
         _save_huggingface(model, path, dtype)
-    else:
-        raise UserError(f"unknown format '{format}': choose 'workspace' or 'huggingface'")
+
+    write_as(path, format, {"workspace": workspace, "huggingface": huggingface})
 
 
 def _build(
@@ -138,7 +124,16 @@ def _builder(config: GriffinConfig) -> Callable[[], Griffin]:
     return lambda: Griffin(config, rngs=nnx.Rngs(0))
 
 
-def _load_release(path: Path, build) -> Griffin:
+def _load_huggingface(path: Path, build: Callable[..., Griffin]) -> Griffin:
+    data = read_json(path / "config.json")
+    config = convert.config_from_huggingface(data, str(path / "config.json"))
+    rows = convert.huggingface_rows
+    model = build(config, open_checkpoint(path), rows, ignore=convert.HUGGINGFACE_TIED)
+    model.stop_tokens = stop_tokens(path, data) or (DEFAULT_EOS,)
+    return model
+
+
+def _load_release(path: Path, build: Callable[..., Griffin]) -> Griffin:
     """The original release: a flax tree `{"params": …}` or torch's dotted state dict."""
     reader = subtree(open_checkpoint(path), "params/", "model.", "state_dict.")
     torch = "embedder.input_embedding" in set(reader.keys())
@@ -151,34 +146,36 @@ def _load_release(path: Path, build) -> Griffin:
 
 
 def _load_workspace(path: Path, options: dict[str, Any], placement: Placement) -> Griffin:
-    """A model folder, or a run's workdir with its checkpoints."""
-    if (path / "model.json").is_file():
-        package, data, params_path, tokenizer_path = read_model_folder(path)
-        where = str(path / "model.json")
-    else:
-        package, data = PACKAGE, read_json(path / "config.json").get("model")
-        params_path, tokenizer_path = path / "checkpoints", path / TOKENIZER
-        where = str(path / "config.json")
-    if package != PACKAGE or not isinstance(data, dict):
-        raise UserError(f"{where} describes a model of '{package}', not of {PACKAGE}")
-    config = dataclasses.replace(configs.from_dict(GriffinConfig, data, where), **options)
-    model = placement.from_params(_builder(config), params_path)
-    if tokenizer_path is not None and Path(tokenizer_path).is_file():
-        attach_tokenizer(model, load_tokenizer(tokenizer_path))
+    saved = open_workspace(path, PACKAGE, f"of {PACKAGE}")
+    config = configs.from_dict(GriffinConfig, saved.config, saved.where)
+    model = placement.from_params(_builder(dataclasses.replace(config, **options)), saved.params)
+    if saved.tokenizer is not None:
+        attach_tokenizer(model, saved.tokenizer)
     return model
 
 
-def _save_huggingface(model: Griffin, path: Path, dtype: Any) -> None:
-    params = nnx.to_pure_dict(nnx.state(model))
-    kept = jnp.dtype(dtype) if dtype is not None else jax.tree.leaves(params)[0].dtype
-    config = convert.config_to_huggingface(model.config, kept.name)
-    tensors = export_tensors(params, convert.huggingface_rows(model.config), dtype)
-    write_safetensors(path, tensors)
-    if model.tokenizer is not None:
-        config |= {
-            "bos_token_id": model.tokenizer.bos_id,
-            "eos_token_id": model.tokenizer.eos_id,
-            "pad_token_id": model.tokenizer.pad_id,
-        }
-        model.tokenizer.save(path / TOKENIZER)
-    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+def _sentencepiece(folder: Path) -> Tokenizer | None:
+    """The tokenizer.model of the releases, which stands first here where others lie beside it."""
+    file = folder / TOKENIZER
+    return load_tokenizer(file) if file.is_file() else None
+
+
+def _save_huggingface(model: Griffin, path: Path, dtype: jax.typing.DTypeLike | None) -> None:
+    tokenizer = model.tokenizer
+
+    def config(stored: str) -> dict[str, Any]:
+        fields = convert.config_to_huggingface(model.config, stored)
+        if tokenizer is not None:
+            fields |= {
+                "bos_token_id": tokenizer.bos_id,
+                "eos_token_id": tokenizer.eos_id,
+                "pad_token_id": tokenizer.pad_id,
+            }
+        return fields
+
+    def save_tokenizer(folder: Path) -> None:
+        if tokenizer is not None:
+            tokenizer.save(folder / TOKENIZER)
+
+    rows = convert.huggingface_rows(model.config)
+    save_huggingface(model, path, rows, config, dtype, save_tokenizer)

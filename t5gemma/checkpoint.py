@@ -1,33 +1,28 @@
 """Loading T5Gemma from any format it comes in, and saving it again."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from common.checkpoint import (
-    export_tensors,
-    open_checkpoint,
-    open_huggingface,
-    read_model_folder,
-    subtree,
-    write_safetensors,
-)
-from common.data.tokenizers import Tokenizer, load_tokenizer
+from common.checkpoint import open_checkpoint, open_huggingface, subtree
+from common.data.tokenizers import Tokenizer
 from common.errors import UserError
 from common.launch import config as configs
 from common.models.loading import (
-    TOKENIZER,
     Placement,
     attach_tokenizer,
+    check_layers,
+    open_workspace,
     read_json,
-    require_new,
+    recognise,
+    save_huggingface,
     save_workspace,
     stop_tokens,
+    tokenizer_beside,
+    write_as,
 )
 from common.sharding import DEFAULT_RULES, Rules
 from t5gemma import convert
@@ -35,7 +30,6 @@ from t5gemma.config import EncoderWindow, T5GemmaConfig
 from t5gemma.model import T5Gemma
 
 PACKAGE = "t5gemma"
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 DEFAULT_EOS = 1
 
 
@@ -70,20 +64,16 @@ def load(
       UserError: nothing there, damaged, or another model's checkpoint.
     """
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"no checkpoint at {path}: check the path")
     placement = Placement(dtype if param_dtype is None else param_dtype, mesh, rules)
     options = _Options(dtype, remat, encoder_window)
-    if (path / "model.json").is_file() or (path / "checkpoints").is_dir():
+    kind = recognise(path)
+    if kind == "workspace":
         return _load_workspace(path, placement, options)
-    if (path / "config.json").is_file():
-        model = _load_huggingface(path, placement, options)
-    else:
-        model = _load_flax(path, placement, options)
-    folder = path if path.is_dir() else path.parent
-    for place in (folder, folder.parent):
-        if model.tokenizer is None and any((place / name).is_file() for name in TOKENIZERS):
-            _attach(model, load_tokenizer(place))
+    read = _load_huggingface if kind == "huggingface" else _load_flax
+    model = read(path, placement, options)
+    tokenizer = tokenizer_beside(path)
+    if tokenizer is not None:
+        _attach(model, tokenizer)
     return model
 
 
@@ -106,13 +96,14 @@ def save(
       UserError: the folder is not empty, or the format cannot express the model.
     """
     path = Path(path)
-    require_new(path)
-    if format == "workspace":
+
+    def workspace() -> None:
         save_workspace(model, path, PACKAGE, configs.to_dict(model.config), dtype)
-    elif format == "huggingface":
+
+    def huggingface() -> None:
         _save_huggingface(model, path, dtype)
-    else:
-        raise UserError(f"unknown format '{format}': choose 'workspace' or 'huggingface'")
+
+    write_as(path, format, {"workspace": workspace, "huggingface": huggingface})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,12 +126,7 @@ def _load_huggingface(path: Path, placement: Placement, options: _Options) -> T5
     data = read_json(where)
     config = convert.config_from_huggingface(data, str(where))
     reader = open_huggingface(path)
-    layers = config.encoder.num_layers + config.decoder.num_layers
-    if layers > len(reader.keys()):
-        raise UserError(
-            f"{where} states {layers} layers, but the checkpoint has only {len(reader.keys())} "
-            "tensors"
-        )
+    check_layers(where, config.encoder.num_layers + config.decoder.num_layers, reader)
     ignored: tuple[str, ...] = ()
     if config.decoder.tied:
         convert.check_tied_head(reader)
@@ -162,23 +148,13 @@ def _load_flax(path: Path, placement: Placement, options: _Options) -> T5Gemma:
 
 
 def _load_workspace(path: Path, placement: Placement, options: _Options) -> T5Gemma:
-    """A model folder, or a run's workdir with its checkpoints."""
-    tokenizer: Path | None
-    if (path / "model.json").is_file():
-        package, data, params, tokenizer = read_model_folder(path)
-        where = str(path / "model.json")
+    saved = open_workspace(path, PACKAGE, f"of {PACKAGE}")
+    config = configs.from_dict(T5GemmaConfig, saved.config, saved.where)
+    model = placement.from_params(options.builder(config), saved.params)
+    if saved.tokenizer is None:
+        model.stop_tokens = (DEFAULT_EOS,)
     else:
-        package, data = PACKAGE, read_json(path / "config.json").get("model")
-        params, tokenizer = path / "checkpoints", path / TOKENIZER
-        where = str(path / "config.json")
-    if package != PACKAGE or not isinstance(data, dict):
-        raise UserError(f"{where} describes a model of '{package}', not of {PACKAGE}")
-    config = configs.from_dict(T5GemmaConfig, data, where)
-    model = placement.from_params(options.builder(config), params)
-    model.stop_tokens = (DEFAULT_EOS,)
-    if tokenizer is not None and tokenizer.is_file():
-        model.stop_tokens = ()
-        _attach(model, load_tokenizer(tokenizer))
+        _attach(model, saved.tokenizer)
     return model
 
 
@@ -191,15 +167,14 @@ def _attach(model: T5Gemma, tokenizer: Tokenizer) -> None:
     attach_tokenizer(model, tokenizer)
 
 
-def _save_huggingface(model: T5Gemma, path: Path, dtype: Any) -> None:
-    params = nnx.to_pure_dict(nnx.state(model))
-    kept = jnp.dtype(dtype) if dtype is not None else jax.tree.leaves(params)[0].dtype
-    config = convert.config_to_huggingface(model.config, kept.name)
-    stops = sorted(model.stop_tokens)
-    if stops:
-        config["eos_token_id"] = stops if len(stops) > 1 else stops[0]
-    path.mkdir(parents=True, exist_ok=True)
-    if model.tokenizer is not None:  # First, for not every tokenizer can be told to others.
-        model.tokenizer.save_huggingface(path)
-    write_safetensors(path, export_tensors(params, convert.huggingface_rows(model.config), dtype))
-    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+def _save_huggingface(model: T5Gemma, path: Path, dtype: jax.typing.DTypeLike | None) -> None:
+    def config(stored: str) -> dict[str, Any]:
+        fields = convert.config_to_huggingface(model.config, stored)
+        stops = sorted(model.stop_tokens)
+        if stops:
+            fields["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+        return fields
+
+    rows = convert.huggingface_rows(model.config)
+    save_tokenizer = None if model.tokenizer is None else model.tokenizer.save_huggingface
+    save_huggingface(model, path, rows, config, dtype, save_tokenizer)

@@ -1,22 +1,15 @@
 """Loading decoder-only models from any format they come in, and saving them again."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from common import values
-from common.checkpoint import (
-    export_tensors,
-    open_huggingface,
-    read_model_folder,
-    write_safetensors,
-)
-from common.data.tokenizers import folder_tokenizer, load_tokenizer
+from common.checkpoint import open_huggingface
+from common.data.tokenizers import folder_tokenizer
 from common.errors import UserError
 from common.models.decoder import Decoder, DecoderConfig
 from common.models.decoder_gguf import open_gguf
@@ -29,16 +22,19 @@ from common.models.decoder_huggingface import (
     text_tensors,
 )
 from common.models.loading import (
-    TOKENIZER,
     Placement,
     Source,
     attach_tokenizer,
+    check_layers,
+    open_workspace,
     read_json,
-    require_new,
+    recognise,
+    save_huggingface,
     save_workspace,
     stop_tokens,
+    write_as,
 )
-from common.sharding import DEFAULT_RULES, Rules, barrier
+from common.sharding import DEFAULT_RULES, Rules
 
 PACKAGE = "common.models"
 
@@ -72,13 +68,12 @@ def load(
       UserError: nothing there, damaged, or another model's checkpoint.
     """
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"no checkpoint at {path}: check the path")
     placement = Placement(dtype if param_dtype is None else param_dtype, mesh, rules)
     options: dict[str, Any] = {"dtype": dtype, "remat": remat}
-    if (path / "model.json").is_file() or (path / "checkpoints").is_dir():
+    kind = recognise(path)
+    if kind == "workspace":
         return _load_workspace(path, placement, options)
-    source = _open_huggingface(path) if path.is_dir() else open_gguf(path)
+    source = _open_huggingface(path) if kind == "huggingface" else _open_gguf(path)
     model = placement.from_tensors(
         _builder(source.config, options), source.reader, source.rows, source.ignore
     )
@@ -106,14 +101,14 @@ def save(
       UserError: the folder is not empty, or the format cannot express the model.
     """
     path = Path(path)
-    require_new(path)
-    if format == "workspace":
-        config = values.encode(model.config, DecoderConfig)
-        save_workspace(model, path, PACKAGE, config, dtype)
-    elif format == "huggingface":
+
+    def workspace() -> None:
+        save_workspace(model, path, PACKAGE, values.encode(model.config, DecoderConfig), dtype)
+
+    def huggingface() -> None:
         _save_huggingface(model, path, dtype)
-    else:
-        raise UserError(f"unknown format '{format}': choose 'huggingface' or 'workspace'")
+
+    write_as(path, format, {"huggingface": huggingface, "workspace": workspace})
 
 
 def _builder(config: DecoderConfig, options: dict[str, Any]):
@@ -121,25 +116,26 @@ def _builder(config: DecoderConfig, options: dict[str, Any]):
     return lambda: Decoder(adjusted, rngs=nnx.Rngs(0))
 
 
+def _open_gguf(path: Path) -> Source:
+    """A .gguf file, or a folder with one."""
+    if not path.is_dir():
+        return open_gguf(path)
+    files = sorted(path.glob("*.gguf"))
+    if len(files) == 1:
+        return open_gguf(files[0])
+    if files:
+        raise UserError(f"{path} has {len(files)} .gguf files: name one, as {files[0]}")
+    raise UserError(f"{path} is no model: it has neither config.json nor model.json")
+
+
 def _open_huggingface(path: Path) -> Source:
     where = path / "config.json"
-    if not where.is_file():
-        files = sorted(path.glob("*.gguf"))
-        if len(files) == 1:
-            return open_gguf(files[0])
-        if files:
-            raise UserError(f"{path} has {len(files)} .gguf files: name one, as {files[0]}")
-        raise UserError(f"{path} is no model: it has neither config.json nor model.json")
     data = read_json(where)
     config = config_from_huggingface(data, str(where))
     reader = open_huggingface(path)
     if data.get("model_type") == MULTIMODAL:
         reader = text_tensors(reader)
-    if config.num_layers > len(reader.keys()):
-        raise UserError(
-            f"{where} states {config.num_layers} layers, but the checkpoint has only "
-            f"{len(reader.keys())} tensors"
-        )
+    check_layers(where, config.num_layers, reader)
     return Source(
         config,
         reader,
@@ -151,43 +147,25 @@ def _open_huggingface(path: Path) -> Source:
 
 
 def _load_workspace(path: Path, placement: Placement, options: dict[str, Any]) -> Decoder:
-    """A model folder, or a run's workdir with its checkpoints."""
-    data: Any
-    tokenizer: Path | None
-    if (path / "model.json").is_file():
-        package, data, params, tokenizer = read_model_folder(path)
-        where = str(path / "model.json")
-        if package != PACKAGE:
-            raise UserError(f"{where} describes a model of '{package}', not a decoder")
-    else:
-        data = read_json(path / "config.json").get("model")
-        params, tokenizer = path / "checkpoints", path / TOKENIZER
-        where = str(path / "config.json")
-        if not isinstance(data, dict):
-            raise UserError(f"{where} has no 'model': not the run of a decoder")
-    config = values.decode(data, DecoderConfig, "", where)
-    model = placement.from_params(_builder(config, options), params)
-    if tokenizer is not None and tokenizer.is_file():
-        attach_tokenizer(model, load_tokenizer(tokenizer))
+    saved = open_workspace(path, PACKAGE, "a decoder")
+    config = values.decode(saved.config, DecoderConfig, "", saved.where)
+    model = placement.from_params(_builder(config, options), saved.params)
+    if saved.tokenizer is not None:
+        attach_tokenizer(model, saved.tokenizer)
     return model
 
 
-def _save_huggingface(model: Decoder, path: Path, dtype: Any) -> None:
-    params = nnx.to_pure_dict(nnx.state(model))
-    kept = jnp.dtype(dtype) if dtype is not None else jax.tree.leaves(params)[0].dtype
-    config = config_to_huggingface(model.config, kept.name)
-    if model.stop_tokens:
-        config["eos_token_id"] = list(model.stop_tokens)
-    if model.tokenizer is not None:
-        ids = {"bos_token_id": model.tokenizer.bos_id, "pad_token_id": model.tokenizer.pad_id}
-        config |= {name: value if value >= 0 else None for name, value in ids.items()}
-    primary = jax.process_index() == 0  # The others take part in gathering what lies on them.
-    if primary:
-        path.mkdir(parents=True, exist_ok=True)
-    if primary and model.tokenizer is not None:
-        model.tokenizer.save_huggingface(path)  # First: not every tokenizer can be told to others.
-    tensors = export_tensors(params, huggingface_rows(model.config), dtype)
-    write_safetensors(path, tensors, write=primary)
-    if primary:
-        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    barrier("decoder_saved")
+def _save_huggingface(model: Decoder, path: Path, dtype: jax.typing.DTypeLike | None) -> None:
+    tokenizer = model.tokenizer
+
+    def config(stored: str) -> dict[str, Any]:
+        fields = config_to_huggingface(model.config, stored)
+        if model.stop_tokens:
+            fields["eos_token_id"] = list(model.stop_tokens)
+        if tokenizer is not None:
+            ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
+            fields |= {name: value if value >= 0 else None for name, value in ids.items()}
+        return fields
+
+    save_tokenizer = None if tokenizer is None else tokenizer.save_huggingface
+    save_huggingface(model, path, huggingface_rows(model.config), config, dtype, save_tokenizer)

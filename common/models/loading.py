@@ -1,26 +1,103 @@
-"""What loading a model takes, whatever its family: configuration files, placement, tokenizers."""
+"""What loading and saving a model takes, whatever its family.
+
+Which kind of checkpoint lies somewhere, configuration files, placement, tokenizers; and the folders
+that are written.
+"""
 
 import dataclasses
+import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.checkpoint import Row, TensorReader, load_params, load_tensors, save_model_folder
+from common.checkpoint import (
+    Row,
+    TensorReader,
+    export_tensors,
+    load_params,
+    load_tensors,
+    read_model_folder,
+    save_model_folder,
+    write_safetensors,
+)
 from common.checkpoint.safetensors import parse_json_object
-from common.data.tokenizers import Tokenizer
+from common.data.tokenizers import Tokenizer, folder_tokenizer, load_tokenizer
 from common.errors import UserError
-from common.sharding import DEFAULT_RULES, Rules, state_shardings
+from common.sharding import DEFAULT_RULES, Rules, barrier, state_shardings
 
 TOKENIZER = "tokenizer.model"  # of the workspace's folders, whatever its kind
 MAX_JSON_BYTES = 10_000_000
 
 M = TypeVar("M", bound=nnx.Module)
 Build = Callable[[], M]
+Kind = Literal["workspace", "huggingface", "other"]
+
+
+def recognise(path: Path) -> Kind:
+    """Returns what lies at `path`.
+
+    "workspace": a model folder, or the workdir of a training run (`open_workspace`).
+    "huggingface": a folder with a config.json.
+    "other": a file, or a folder of tensors alone: a .gguf file, or a release of some other form.
+
+    Raises:
+      UserError: nothing is there.
+    """
+    if not path.exists():
+        raise UserError(f"no checkpoint at {path}: check the path")
+    if (path / "model.json").is_file() or (path / "checkpoints").is_dir():
+        return "workspace"
+    return "huggingface" if (path / "config.json").is_file() else "other"
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedModel:
+    """A model that this workspace wrote.
+
+    Attributes:
+      config: JSON fields of its config.
+      where: the file that they come from.
+      params: where `Placement.from_params` reads its parameters.
+      tokenizer: its tokenizer, or None.
+    """
+
+    config: dict[str, Any]
+    where: str
+    params: Path
+    tokenizer: Tokenizer | None
+
+
+def open_workspace(path: Path, package: str, wanted: str) -> SavedModel:
+    """Opens a model folder, or a run's workdir with its checkpoints.
+
+    Args:
+      path: the folder.
+      package: that must know how to build the model.
+      wanted: what a model of that package is, in the words that refuse another.
+
+    Raises:
+      UserError: damaged, or a model of another package.
+    """
+    config: Any
+    file: Path | None
+    if (path / "model.json").is_file():
+        where = str(path / "model.json")
+        found, config, params, file = read_model_folder(path)
+        if found != package:
+            raise UserError(f"{where} describes a model of '{found}', not {wanted}")
+    else:
+        where = str(path / "config.json")
+        config = read_json(path / "config.json").get("model")
+        params, file = path / "checkpoints", path / TOKENIZER
+        if not isinstance(config, dict):
+            raise UserError(f"{where} has no 'model': not the run of a model")
+    tokenizer = None if file is None or not file.is_file() else load_tokenizer(file)
+    return SavedModel(config, where, params, tokenizer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +193,27 @@ def stop_tokens(folder: Path, *configs: Any) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
+def check_layers(where: Path, layers: int, reader: TensorReader) -> None:
+    """UserError if a configuration states more layers than its checkpoint has tensors.
+
+    Building so many of them would take very long, to be refused in the end.
+    """
+    if layers > len(reader.keys()):
+        raise UserError(
+            f"{where} states {layers} layers, but the checkpoint has only {len(reader.keys())} "
+            "tensors"
+        )
+
+
+def tokenizer_beside(
+    path: Path, find: Callable[[Path], Tokenizer | None] = folder_tokenizer
+) -> Tokenizer | None:
+    """What `find` finds in the folder of a foreign checkpoint, or else in the one above."""
+    folder = path if path.is_dir() else path.parent
+    found = (find(place) for place in (folder, folder.parent))
+    return next((tokenizer for tokenizer in found if tokenizer is not None), None)
+
+
 def attach_tokenizer(model: Any, tokenizer: Tokenizer) -> None:
     """Gives a language model its tokenizer and the tokens that end a text with it.
 
@@ -129,6 +227,19 @@ def attach_tokenizer(model: Any, tokenizer: Tokenizer) -> None:
         )
     model.tokenizer = tokenizer
     model.stop_tokens = tuple(sorted({*model.stop_tokens, *tokenizer.stop_tokens}))
+
+
+def write_as(path: Path, format: str, writers: Mapping[str, Callable[[], None]]) -> None:
+    """Calls the writer of `format`, if `path` is free for its folder.
+
+    Raises:
+      UserError: the folder is not empty, or there is no such format.
+    """
+    require_new(path)
+    if format not in writers:
+        known = " or ".join(f"'{name}'" for name in writers)
+        raise UserError(f"unknown format '{format}': choose {known}")
+    writers[format]()
 
 
 def require_new(path: Path) -> None:
@@ -164,3 +275,38 @@ def save_workspace(
         if path.exists():
             path.rmdir()
         save_model_folder(path, package, config, params, tokenizer)
+
+
+def save_huggingface(
+    model: Any,
+    path: Path,
+    rows: Sequence[Row],
+    config: Callable[[str], dict[str, Any]],
+    dtype: jax.typing.DTypeLike | None = None,
+    save_tokenizer: Callable[[Path], None] | None = None,
+) -> None:
+    """Writes a Hugging Face folder; one process of several does.
+
+    Args:
+      model: the model.
+      path: the new folder (`require_new`).
+      rows: key map from the folder's tensors to the model's parameters.
+      config: makes config.json, given the name of the stored dtype.
+      dtype: of the stored parameters; None keeps theirs.
+      save_tokenizer: writes the tokenizer to a folder; None: there is none.
+
+    Raises:
+      UserError: the format cannot express the model or its tokenizer.
+    """
+    params = nnx.to_pure_dict(nnx.state(model))
+    kept = jnp.dtype(dtype) if dtype is not None else jax.tree.leaves(params)[0].dtype
+    text = json.dumps(config(kept.name), indent=2) + "\n"
+    primary = jax.process_index() == 0  # The others take part in gathering what lies on them.
+    if primary:
+        path.mkdir(parents=True, exist_ok=True)
+        if save_tokenizer is not None:
+            save_tokenizer(path)  # First: not every tokenizer can be told to others.
+    write_safetensors(path, export_tensors(params, rows, dtype), write=primary)
+    if primary:
+        (path / "config.json").write_text(text, encoding="utf-8")
+    barrier("huggingface_saved")
