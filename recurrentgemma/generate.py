@@ -1,17 +1,9 @@
 """`python -m recurrentgemma.generate`: continues prompts with a trained or released model."""
 
-import time
 from collections.abc import Sequence
-from typing import Any
 
-from absl import flags
-
-from common.data.chat import chat_tokens
-from common.data.tokenizers import check_vocabulary, load_tokenizer
-from common.errors import UserError
-from common.generate import generate
 from common.launch import Run, launch
-from common.launch.prompts import read_prompts, refuse_existing_output, show, write_results
+from common.launch.generation import GenerationFlags
 from recurrentgemma.checkpoint import load
 
 EXAMPLES = [
@@ -21,64 +13,17 @@ EXAMPLES = [
     "python -m recurrentgemma.generate --checkpoint=runs/cpu --prompts=prompts.txt "
     "--output=continuations.jsonl",
 ]
-OPTIONS = flags.FlagValues()
-_own: dict[str, Any] = {"flag_values": OPTIONS}
-CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "what to load: anything recurrentgemma.load takes", required=True, **_own
-)
-PROMPT = flags.DEFINE_multi_string("prompt", None, "a text to continue; repeatable", **_own)
-PROMPTS = flags.DEFINE_string(
-    "prompts", None, "a file: one prompt a line, or JSONL with a field 'prompt'", **_own
-)
-OUTPUT = flags.DEFINE_string("output", None, "a JSONL file to write, besides printing", **_own)
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "most tokens a prompt gets", **_own)
-TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token", **_own)
-TOP_K = flags.DEFINE_integer("top_k", None, "draw among the k likeliest tokens", **_own)
-TOP_P = flags.DEFINE_float("top_p", None, "draw among the likeliest tokens of mass p", **_own)
-SEED = flags.DEFINE_integer("seed", 0, "of the draws", **_own)
-STOP = flags.DEFINE_multi_string("stop", None, "a text that ends a continuation", **_own)
-CHAT = flags.DEFINE_bool("chat", False, "prompts are messages to a tuned model", **_own)
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "compute dtype", **_own)
-TOKENIZER = flags.DEFINE_string("tokenizer", None, "a SentencePiece model, if not beside", **_own)
-MAX_PROMPT_TOKENS = flags.DEFINE_integer(
-    "max_prompt_tokens",
-    8192,
-    "refuse longer prompts; the released models were trained on 8192 tokens",
-    **_own,
+FLAGS = GenerationFlags(
+    "recurrentgemma",
+    prompt="a text to continue",
+    result="a continuation",
+    max_prompt_tokens=8192,
+    why="the released models were trained on 8192 tokens",
 )
 
 
 def _main(run: Run) -> None:
-    prompts = read_prompts(PROMPT.value, PROMPTS.value)
-    refuse_existing_output(OUTPUT.value)
-    model = load(CHECKPOINT.value, dtype=DTYPE.value)
-    if TOKENIZER.value is not None:
-        model.tokenizer = load_tokenizer(TOKENIZER.value)
-        check_vocabulary(model.tokenizer, model.vocab_size)
-    if model.tokenizer is None:
-        raise UserError(
-            f"there is no tokenizer.model beside {CHECKPOINT.value}: name one with --tokenizer"
-        )
-    texts = [chat_tokens(p, model.tokenizer) if CHAT.value else p for p in prompts]
-    start = time.perf_counter()
-    # The flags of the sampler keep the model's stop tokens beside the texts.
-    results = generate(
-        model,
-        texts,
-        MAX_NEW_TOKENS.value,
-        TEMPERATURE.value,
-        TOP_K.value,
-        TOP_P.value,
-        SEED.value,
-        [*model.stop_tokens, *STOP.value] if STOP.value else None,
-        max_prompt_tokens=MAX_PROMPT_TOKENS.value,
-    )
-    seconds = time.perf_counter() - start
-    show(prompts, results)
-    if OUTPUT.value is not None:
-        write_results(OUTPUT.value, prompts, results)
-    count = sum(len(result.tokens) for result in results)
-    print(f"{count} tokens in {seconds:.1f} s, compilation included")
+    FLAGS.generate(lambda: load(FLAGS.checkpoint.value, dtype=FLAGS.dtype.value))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -89,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         verb="generate",
         description="Continues prompts; ragged prompts are decoded together in one compiled loop.",
         examples=EXAMPLES,
-        flags=OPTIONS,
+        flags=FLAGS.values,
         argv=argv,
     )
 

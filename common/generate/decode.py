@@ -147,7 +147,8 @@ def decode(
         lengths=jnp.zeros((batch,), jnp.int32),
         cache=cache.unrolled(),
     )
-    loop = jax.lax.while_loop(going, body, loop)
+    if max_new_tokens > 1:  # Or else there is no need to take the stack of weights apart.
+        loop = jax.lax.while_loop(going, body, loop)
     # The last token is drawn outside: nobody needs the logits behind it.
     _, loop = emit(loop)
     return dataclasses.replace(loop, cache=loop.cache.stacked_as(cache))
