@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 from common.errors import UserError
 from common.models.decoder import GEMMA2_PATTERN, DecoderConfig
@@ -113,10 +113,22 @@ _STACKS = {
 _PAIRS = ("s-s", "b-b", "l-l", "ml-ml", "xl-xl", "2b-2b", "9b-2b", "9b-9b")
 
 
+def gemma2_stack(**shape: Any) -> DecoderConfig:
+    """A stack of `shape` with all that the stacks of every size have in common."""
+    return DecoderConfig(
+        pattern=GEMMA2_PATTERN,
+        attention_softcap=50.0,
+        post_norms=True,
+        bfloat16_scale=False,
+        logits_softcap=30.0,
+        **shape,
+    )
+
+
 def gemma_stack(size: str) -> DecoderConfig:
     """The stack of a public size: "s", "b", "l", "ml", "xl", "2b" or "9b"."""
     row = _STACKS[size]
-    return DecoderConfig(
+    return gemma2_stack(
         vocab_size=256_000,
         width=row.width,
         mlp_width=row.mlp_width,
@@ -125,12 +137,7 @@ def gemma_stack(size: str) -> DecoderConfig:
         head_dim=row.head_dim,
         num_layers=row.layers,
         max_length=8192,
-        pattern=GEMMA2_PATTERN,
         window=4096,
-        attention_softcap=50.0,
-        post_norms=True,
-        bfloat16_scale=False,
-        logits_softcap=30.0,
         dtype="bfloat16",
         remat="full",
     )
@@ -144,7 +151,7 @@ def public(pair: str) -> T5GemmaConfig:
 
 def smoke_model() -> T5GemmaConfig:
     """A pair of a few ten thousand parameters, its decoder narrower than its encoder."""
-    encoder = DecoderConfig(
+    encoder = gemma2_stack(
         vocab_size=512,
         width=32,
         mlp_width=96,
@@ -153,12 +160,7 @@ def smoke_model() -> T5GemmaConfig:
         head_dim=16,
         num_layers=2,
         max_length=512,
-        pattern=GEMMA2_PATTERN,
         window=16,
-        attention_softcap=50.0,
-        post_norms=True,
-        bfloat16_scale=False,
-        logits_softcap=30.0,
     )
     return T5GemmaConfig(encoder, dataclasses.replace(encoder, width=24, mlp_width=64, head_dim=8))
 

@@ -1,7 +1,7 @@
 """T5Gemma: a bidirectional encoder, and a decoder that attends to its states (specification, 2)."""
 
 import dataclasses
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -137,6 +137,25 @@ class CrossDecoder(LanguageModel):
         return dataclasses.replace(cache, units=units, rest=rest)
 
 
+class Sides(TypedDict, total=False):
+    """What else a call may be told of its tokens, `[B, S]` and `[B, T]`; None is as if not given.
+
+    Attributes:
+      encoder_positions, decoder_positions: int32; by default the real tokens of each segment,
+        counted from 0.
+      encoder_segments, decoder_segments: int32, equal on both sides exactly for tokens of one
+        document; by default a row is one document.
+      encoder_valid, decoder_valid: bool, False for padding.
+    """
+
+    encoder_positions: jax.Array | None
+    encoder_segments: jax.Array | None
+    encoder_valid: jax.Array | None
+    decoder_positions: jax.Array | None
+    decoder_segments: jax.Array | None
+    decoder_valid: jax.Array | None
+
+
 class T5Gemma(nnx.Module):
     """An encoder-decoder. Positions count from 0 on either side.
 
@@ -161,62 +180,40 @@ class T5Gemma(nnx.Module):
         return self.decoder.dtype
 
     def __call__(
-        self,
-        encoder_tokens: jax.Array,
-        decoder_tokens: jax.Array,
-        *,
-        encoder_positions: jax.Array | None = None,
-        encoder_segments: jax.Array | None = None,
-        decoder_positions: jax.Array | None = None,
-        decoder_segments: jax.Array | None = None,
-        encoder_valid: jax.Array | None = None,
-        decoder_valid: jax.Array | None = None,
+        self, encoder_tokens: jax.Array, decoder_tokens: jax.Array, **sides: Unpack[Sides]
     ) -> jax.Array:
         """Logits of whole sequences.
 
         Args:
           encoder_tokens: `[B, S]` int32.
           decoder_tokens: `[B, T]` int32; the first one of a text is `config.bos_token`.
-          encoder_positions, decoder_positions: `[B, S]`, `[B, T]` int32; None counts the real
-            tokens of each segment from 0.
-          encoder_segments, decoder_segments: `[B, S]`, `[B, T]` int32, equal on both sides exactly
-            for tokens of one document; None: a row is one document.
-          encoder_valid, decoder_valid: `[B, S]`, `[B, T]` bool, False for padding.
+          **sides: see `Sides`.
 
         Returns:
           `[B, T, V]` fp32; those of padding mean nothing.
         """
-        return self.logits(
-            self.hidden(
-                encoder_tokens,
-                decoder_tokens,
-                encoder_positions=encoder_positions,
-                encoder_segments=encoder_segments,
-                decoder_positions=decoder_positions,
-                decoder_segments=decoder_segments,
-                encoder_valid=encoder_valid,
-                decoder_valid=decoder_valid,
-            )
-        )
+        return self.logits(self.hidden(encoder_tokens, decoder_tokens, **sides))
 
     def hidden(
-        self,
-        encoder_tokens: jax.Array,
-        decoder_tokens: jax.Array,
-        *,
-        encoder_positions: jax.Array | None = None,
-        encoder_segments: jax.Array | None = None,
-        decoder_positions: jax.Array | None = None,
-        decoder_segments: jax.Array | None = None,
-        encoder_valid: jax.Array | None = None,
-        decoder_valid: jax.Array | None = None,
+        self, encoder_tokens: jax.Array, decoder_tokens: jax.Array, **sides: Unpack[Sides]
     ) -> jax.Array:
         """`[B, T, Dd]`: the normalised features that the head reads; arguments as for a call."""
+        unknown = sides.keys() - Sides.__annotations__.keys()
+        if unknown:
+            raise TypeError(f"unexpected arguments: {', '.join(sorted(unknown))}")
         read = self._layout(
-            encoder_tokens, encoder_positions, encoder_segments, encoder_valid, ENCODER_PADDING
+            encoder_tokens,
+            sides.get("encoder_positions"),
+            sides.get("encoder_segments"),
+            sides.get("encoder_valid"),
+            ENCODER_PADDING,
         )
         written = self._layout(
-            decoder_tokens, decoder_positions, decoder_segments, decoder_valid, DECODER_PADDING
+            decoder_tokens,
+            sides.get("decoder_positions"),
+            sides.get("decoder_segments"),
+            sides.get("decoder_valid"),
+            DECODER_PADDING,
         )
         states, _ = self.encoder.run(encoder_tokens, read)
         # fp32, so that their gradient adds up over the decoder's layers without rounding.

@@ -9,12 +9,11 @@ from flax import nnx
 from common.data.corpus import CorpusConfig
 from common.errors import UserError
 from common.models import Decoder
-from common.models.decoder import GEMMA2_PATTERN, DecoderConfig
 from common.models.flops import decoder_flops
 from common.sharding import MeshConfig
 from common.train import OptimizerConfig, TrainConfig
 from common.train.task import Path
-from t5gemma.config import MODELS, T5GemmaConfig, smoke_model
+from t5gemma.config import MODELS, T5GemmaConfig, gemma2_stack, smoke_model
 from t5gemma.config import public as public_model
 from t5gemma.data import DataConfig, ObjectiveConfig
 from t5gemma.flops import forward_flops
@@ -152,7 +151,7 @@ def cpu() -> Config:
     `python -m t5gemma.train --config=cpu --workdir=runs/t5-cpu`; 2 CPU cores, two to four seconds
     a step. `--set objective.kind=ul2` for the other objective.
     """
-    stack = DecoderConfig(
+    stack = gemma2_stack(
         vocab_size=4096,
         width=256,
         mlp_width=768,
@@ -161,12 +160,7 @@ def cpu() -> Config:
         head_dim=64,
         num_layers=4,
         max_length=2048,
-        pattern=GEMMA2_PATTERN,
         window=256,
-        attention_softcap=50.0,
-        post_norms=True,
-        bfloat16_scale=False,
-        logits_softcap=30.0,
     )
     return Config(
         model=T5GemmaConfig(stack, stack),
