@@ -1,5 +1,7 @@
 """The three losses of a batch: between views, of masked patches, and for spread (section 3)."""
 
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -43,7 +45,7 @@ def dino_loss(
       table: `[K, d]`, its prototypes.
       targets: `[B, 2, K]`, of the teacher's global views.
       temperature: of the student.
-      chunk: views of which logits exist at a time; None: all.
+      chunk: views of which logits exist at a time, at most; None: all.
 
     Returns:
       The global and the local part of each image's loss, `[B]` fp32 each.
@@ -61,10 +63,10 @@ def dino_loss(
         return views * jax.nn.logsumexp(logits, axis=-1) - jnp.sum(both * logits, axis=-1)
 
     others = jnp.flip(targets, axis=1)
-    of_global = by_chunks(global_view, (z[:, :views], others), chunk)
+    of_global = _by_chunks(global_view, (z[:, :views], others), chunk)
     if not local_views:
         return jnp.sum(of_global, axis=1) / pairs, jnp.zeros(len(z), jnp.float32)
-    of_local = by_chunks(local_view, (z[:, views:],), chunk)
+    of_local = _by_chunks(local_view, (z[:, views:],), chunk)
     return jnp.sum(of_global, axis=1) / pairs, jnp.sum(of_local, axis=1) / pairs
 
 
@@ -87,13 +89,23 @@ def ibot_loss(
       targets: `[G, S, K]`.
       weights: `[G, S]`: 1 / (masked patches of the same view), 0 for padding.
       temperature: of the student.
-      chunk: places of a group of which logits exist at a time; None: all.
+      chunk: places of a group of which logits exist at a time, at most; None: all.
     """
 
     def patches(z: jax.Array, targets: jax.Array) -> jax.Array:
         return cross_entropy(logits_of(z, table), targets, temperature)
 
-    return jnp.sum(by_chunks(patches, (z, targets), chunk) * weights)
+    return jnp.sum(_by_chunks(patches, (z, targets), chunk) * weights)
+
+
+def _by_chunks(
+    function: Callable[..., jax.Array], rows: Sequence[jax.Array], chunk: int | None
+) -> jax.Array:
+    """`by_chunks` of the largest size up to `chunk` that divides the rows' length."""
+    length = rows[0].shape[1]
+    if chunk is not None and length:
+        chunk = max(size for size in range(1, min(chunk, length) + 1) if length % size == 0)
+    return by_chunks(function, rows, chunk)
 
 
 def koleo_loss(features: jax.Array, *, group: int | str | None = None) -> jax.Array:

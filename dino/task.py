@@ -64,7 +64,7 @@ class Pretraining(Task):
         model.updates[...] = count + 1
         of_teacher = self._teacher(model)
         of_images, of_patches = self._targets(model, of_teacher, batch, self._temperature(count))
-        tokens, cls, patches = self._student(model.student, batch, key)
+        tokens, cls, patches = self._student(model.student, batch, self._drop_path(key))
         options: Any = {
             "temperature": objective.student_temperature,
             "chunk": objective.loss_chunk,
@@ -137,15 +137,21 @@ class Pretraining(Task):
     def flops_per_step(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> float | None:
         return training_flops(self.model, self.model, views_in(batch))
 
+    def _drop_path(self, key: jax.Array) -> jax.Array | None:
+        """The key of what the student leaves out; None: nothing."""
+        return key
+
     def _teacher(self, model: Any) -> Network:
         """Who gives the targets."""
         return model.teacher
 
-    def _student(self, student: Network, batch: Batch, key: jax.Array) -> tuple[Tokens, Any, Any]:
+    def _student(
+        self, student: Network, batch: Batch, key: jax.Array | None
+    ) -> tuple[Tokens, jax.Array, jax.Array]:
         """The global views' tokens, all views' class tokens, and the patches to be learnt."""
         rows = len(batch["global_crops"])
-        on_global, on_local = jax.random.split(key)
-        masks = flat(batch["masks"])
+        on_global, on_local = (None, None) if key is None else jax.random.split(key)
+        masks = self._masks(batch)
         tokens = student.backbone(views_of(batch["global_crops"]), masks=masks, key=on_global)
         cls = tokens.cls.reshape(rows, 2, -1)
         if batch["local_crops"].shape[1]:
@@ -195,6 +201,10 @@ class Pretraining(Task):
             momentum = objective.centre_momentum
             centre[...] = moved_centre(centre[...], rows, valid=valid, momentum=momentum)
         return shard(found.reshape(logits.shape), "batch", None, "vocab")
+
+    def _masks(self, batch: Batch) -> jax.Array | None:
+        """`[2B, N]`: the patches that the student does not see."""
+        return flat(batch["masks"])
 
     def _chosen(self, patches: jax.Array, batch: Batch) -> jax.Array:
         """The patches `[B, S, D]` that the patch loss is about, of `[2B, N, D]`."""

@@ -61,7 +61,8 @@ def train(
       config: of the run.
       workdir: its folder.
       resume_command: printed when a signal stops it.
-      task_of: makes the task of the configuration with its checkpoint's shape; None: pretraining.
+      task_of: makes the task, once the folder is the run's, of the configuration with its
+        checkpoint's shape; None: pretraining.
 
     Raises:
       UserError: config, images, checkpoint, mesh or folder do not fit. What was there stays.
@@ -73,11 +74,11 @@ def train(
         config.model, config.checkpoint, Path(workdir), mesh, resample=config.resample_positions
     )
     config = dataclasses.replace(config, model=model)
-    task = make_task(config) if task_of is None else task_of(config, mesh)
     images = open_images(config.data.images)
     folder = RunFolder(workdir)
     resumed = folder.open(config, MAY_CHANGE)
     try:
+        task = make_task(config) if task_of is None else task_of(config, mesh)
         check_same("images", images.fingerprint())
         batches = training_batches(
             config.data,
@@ -117,7 +118,7 @@ def _report(config: Config, images: ImageSource, folder: RunFolder, result: Trai
         "step",
         "nats",
         [line_from_metrics(lines, name, name) for name in ("loss", *LOSSES)],
-        caption="All without their weights but the sum; KoLeo is minus the logarithm of a distance.",
+        caption="All but the sum without their weights; KoLeo is minus a logarithm of distances.",
     )
     entropies = Figure(
         "entropy",

@@ -14,6 +14,7 @@ from flax import nnx
 from common.models.language_model import LanguageModel
 from common.sharding import variable_axes
 from common.train import Batch, Loss, Task
+from common.train.frozen import Frozen
 from common.train.task import Path, PureDict
 from t5gemma.distillation import distilled_nll, teacher_layout
 
@@ -83,8 +84,7 @@ class Distillation(TargetTokens):
     The loss is `-sum_v P_teacher(v | prefix, target so far) log P_student(v | ...)` (section 3.2).
     Evaluation scores the true tokens, so that its loss compares with the other objectives'.
 
-    The teacher's weights are state of the run beside the parameters: they lie on the mesh by their
-    own logical axes, and the run's checkpoints hold the student's parameters alone as such.
+    The teacher's weights are state of the run beside the parameters (`common.train.frozen`).
 
     Args:
       build: makes the student.
@@ -122,27 +122,20 @@ class Distillation(TargetTokens):
             raise ValueError(f"top_k is {top_k} of {teacher.vocab_size} tokens")
         self._top_k, self._ground_truth = top_k, ground_truth
         self._teacher_flops = teacher_flops
-        self._graphdef, self._state = nnx.split(teacher)
+        self._frozen = Frozen(teacher)
 
     def build(self, rngs: nnx.Rngs) -> Any:
         model = self._build(rngs)
-        variables = [variable for _, variable in nnx.to_flat_state(self._state)]
-        # Room for the weights, which would be constants of the program if they were used here.
-        model.teacher = nnx.List(
-            [TeacherWeight(jnp.zeros(v.shape, v.dtype), axes=variable_axes(v)) for v in variables]
-        )
+        model.teacher = self._frozen.room()
         return model
 
     def initial_rest(self, abstract: PureDict) -> PureDict:
-        flat = nnx.to_flat_state(self._state)
-        weights = {number: variable.get_value() for number, (_, variable) in enumerate(flat)}
-        shardings = {number: leaf.sharding for number, leaf in abstract["teacher"].items()}
-        return {"teacher": jax.device_put(weights, shardings)}
+        return {"teacher": self._frozen.weights(abstract["teacher"])}
 
     def loss(self, model: Any, batch: Batch, key: jax.Array) -> Loss:
         """Sum of the weighted cross-entropies; metrics `distillation` and `nll` are its parts."""
         layout = teacher_layout(batch)
-        teacher = self._teacher(model)
+        teacher: LanguageModel = self._frozen.model(model.teacher)
         read = teacher.hidden(layout.tokens, None, layout.segments)
         predicting = jnp.take_along_axis(read, layout.predictors[..., None], axis=1)
         distilled, nll = distilled_nll(
@@ -173,16 +166,6 @@ class Distillation(TargetTokens):
             return None
         rows, encoder, decoder = _sizes(batch)
         return own + self._teacher_flops(rows, encoder + decoder)
-
-    def _teacher(self, model: Any) -> LanguageModel:
-        """The frozen teacher, out of the weights that lie in the student."""
-        weights = [weight.get_value() for weight in model.teacher]
-        state = jax.tree.unflatten(jax.tree.structure(self._state), weights)
-        return nnx.merge(self._graphdef, state)
-
-
-class TeacherWeight(nnx.Variable):
-    """A weight that never trains."""
 
 
 def decoder_hidden(model: Any, batch: Batch) -> jax.Array:
