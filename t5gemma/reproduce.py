@@ -16,7 +16,7 @@ from t5gemma.experiments import claims, equal_flops, report
 from t5gemma.experiments.bench import Bench
 from t5gemma.experiments.config import PRESETS, BenchConfig, ReproduceConfig
 from t5gemma.experiments.equal_flops import measure_equal_flops
-from t5gemma.experiments.from_scratch import COPIED, SCRATCH, donor_name, measure_from_scratch
+from t5gemma.experiments.from_scratch import NAMES, SCRATCH, donor_name, measure_from_scratch
 from t5gemma.experiments.objectives import measure_objectives
 from t5gemma.experiments.unbalanced import measure_unbalanced
 
@@ -56,7 +56,7 @@ def reproduce(
     page = report.write(folder.report, results)
     print(f"\n{results.claim}\n\n{results.setting}\n\n{results.summary()}\n")
     print(f"{time.perf_counter() - start:.0f} s; report: {page}")
-    print(_headline(results))
+    print(_headline(config, results))
     return results
 
 
@@ -82,14 +82,15 @@ def _measure(config: ReproduceConfig, workdir: Path, resume_command: str | None)
     return {"device": jax.devices()[0].device_kind, **found}
 
 
-def _headline(results: Results) -> str:
+def _headline(config: ReproduceConfig, results: Results) -> str:
     holds = results.holds.values()
     loss = results.measured["from_scratch"]["loss"]
+    adapted = loss[NAMES[config.main.cross]]
     flops = results.measured["equal_flops"]["flops"]
     ratio = flops[equal_flops.ADAPTED] / flops[equal_flops.CONTINUED]
     return (
         f"{sum(holds)} of {len(holds)} expected outcomes came out; after equal tokens the adapted "
-        f"pair continues text at {loss[COPIED]:.3f} nats per token and the one from scratch at "
+        f"pair continues text at {adapted:.3f} nats per token and the one from scratch at "
         f"{loss[SCRATCH]:.3f}; an answer takes {ratio:.2f} times the FLOPs of the donor's"
     )
 

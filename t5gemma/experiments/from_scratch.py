@@ -3,40 +3,42 @@
 from collections.abc import Sequence
 from typing import Any
 
+from t5gemma.adaptation import CrossInit
 from t5gemma.experiments.bench import Arm, Bench
 from t5gemma.experiments.config import FromScratchConfig
 
-COPIED, RANDOM, SCRATCH = "copied", "random", "scratch"
+COPIED, RANDOM, SILENT, SCRATCH = "copied", "random", "silent", "scratch"
+ADAPTED = (COPIED, RANDOM, SILENT)
+NAMES = {"copy": COPIED, "random": RANDOM, "zero": SILENT}
 LABELS = {
     COPIED: "adapted, cross attention copied",
     RANDOM: "adapted, cross attention random",
+    SILENT: "adapted, cross attention silent",
     SCRATCH: "from scratch",
 }
 
 
-def copied(bench: Bench) -> Arm:
-    """The balanced pair, as the paper makes it; several experiments compare with it."""
-    return Arm(COPIED, lambda: bench.adapted(cross="copy"), curve=True)
+def adapted(bench: Bench, cross: CrossInit | None = None, warmup: int = 0) -> Arm:
+    """The donor adapted, by PrefixLM; by default as the bench says, to compare others with."""
+    cross = cross or bench.config.cross
+    return Arm(NAMES[cross], lambda: bench.adapted(cross=cross), warmup=warmup, curve=True)
 
 
 def measure_from_scratch(config: FromScratchConfig, bench: Bench) -> dict[str, Any]:
-    """Trains the three pairs by PrefixLM on the same batches.
+    """Trains the pairs by PrefixLM on the same batches.
 
     Returns:
-      For each pair `loss` and `rougeL` (continuations), `curve` (held-out loss) at `positions`;
-      `needed`, the positions after which an adapted pair is as good as the one from scratch at its
-      end, None if it never is; `donor_loss` of the donor itself and `unigram_loss`.
+      For each pair `loss` and `rougeL` (continuations), `curve` (held-out loss) at `positions` and
+      `first`, the loss of its first batch; `needed`, the positions after which an adapted pair is
+      as good as the one from scratch at its end, None if it never is; `donor_loss` of the donor
+      itself and `unigram_loss`.
     """
+    fresh = Arm(SCRATCH, bench.adapted, fresh=True, learning_rate=config.learning_rate, curve=True)
     arms = (
-        copied(bench),
-        Arm(RANDOM, lambda: bench.adapted(cross="random"), warmup=config.warmup, curve=True),
-        Arm(
-            SCRATCH,
-            lambda: bench.adapted(cross="copy"),
-            fresh=True,
-            learning_rate=config.learning_rate,
-            curve=True,
-        ),
+        adapted(bench, "copy"),
+        adapted(bench, "random", config.warmup),
+        adapted(bench, "zero"),
+        fresh,
     )
     scores = {arm.name: bench.scores(arm) for arm in arms}
     for arm in arms:
@@ -45,15 +47,16 @@ def measure_from_scratch(config: FromScratchConfig, bench: Bench) -> dict[str, A
     places = scores[SCRATCH]["positions"]
     curves = {name: score["curve"] for name, score in scores.items()}
     return {
-        "parameters": scores[COPIED]["parameters"],
+        "parameters": scores[SCRATCH]["parameters"],
         "donor_parameters": bench.donor.config.num_parameters(),
         "donor": donor_name(bench),
         "warmup": config.warmup,
         "positions": places,
         "curve": curves,
+        "first": {name: score["first"] for name, score in scores.items()},
         "loss": {name: score["loss"] for name, score in scores.items()},
         "rougeL": {name: score["rougeL"] for name, score in scores.items()},
-        "needed": {name: reached(places, curves[name], level) for name in (COPIED, RANDOM)},
+        "needed": {name: reached(places, curves[name], level) for name in ADAPTED},
         "donor_loss": bench.pieces.loss(bench.donor),
         "unigram_loss": bench.unigram_loss(),
     }

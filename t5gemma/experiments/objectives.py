@@ -5,11 +5,11 @@ from typing import Any
 from common.launch.experiments import Stopped, measured
 from t5gemma.experiments.bench import Arm, Bench
 from t5gemma.experiments.config import ObjectivesConfig
-from t5gemma.experiments.from_scratch import copied
+from t5gemma.experiments.from_scratch import adapted
 from t5gemma.experiments.labelled import write_labelled
 from t5gemma.fine_tuning import fine_tune
 
-PREFIX, DISTILLED, UL2, CAUSAL, DONOR = "copied", "distilled", "ul2", "causal", "donor"
+PREFIX, DISTILLED, UL2, CAUSAL, DONOR = "prefix_lm", "distilled", "ul2", "causal", "donor"
 LABELS = {
     PREFIX: "PrefixLM",
     DISTILLED: "PrefixLM + distillation",
@@ -26,13 +26,14 @@ def measure_objectives(config: ObjectivesConfig, bench: Bench) -> dict[str, Any]
       For each objective and the donor `loss` and `rougeL` of continuations, and `accuracy` of the
       classification, with its `labels`, its `majority` and how many `texts` and `dev_texts`.
     """
+    cross = bench.config.cross
     arms = {
-        PREFIX: copied(bench),
-        DISTILLED: Arm(DISTILLED, lambda: bench.adapted(cross="copy"), "distillation"),
-        UL2: Arm(UL2, lambda: bench.adapted(cross="copy"), "ul2"),
+        PREFIX: adapted(bench),
+        DISTILLED: Arm(DISTILLED, lambda: bench.adapted(cross=cross), "distillation"),
+        UL2: Arm(UL2, lambda: bench.adapted(cross=cross), "ul2"),
     }
     if config.causal_encoder:
-        arms[CAUSAL] = Arm(CAUSAL, lambda: bench.adapted(cross="copy", causal_encoder=True))
+        arms[CAUSAL] = Arm(CAUSAL, lambda: bench.adapted(cross=cross, causal_encoder=True))
     task = _Task(config, bench)
     scores = {name: bench.scores(arm) for name, arm in arms.items()}
     scores[DONOR] = measured(
@@ -43,7 +44,8 @@ def measure_objectives(config: ObjectivesConfig, bench: Bench) -> dict[str, Any]
     read = {}
     for name in (DISTILLED, UL2, *((CAUSAL,) if config.causal_encoder else ()), DONOR):
         read[name] = task.accuracy(name, arms.get(name))
-        bench.release(name)
+    for arm in arms.values():
+        bench.release(arm.name)
     return {
         "loss": {name: score["loss"] for name, score in scores.items()},
         "rougeL": {name: score["rougeL"] for name, score in scores.items()},
