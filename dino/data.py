@@ -62,6 +62,7 @@ class DataConfig:
         masks: The patches that the student does not see.
         threads: Threads that decode and crop the images of a batch; 0: one for each processor.
         prefetch: Batches made ahead.
+        cache_megabytes: Memory for decoded images, so that a small set is decoded once.
     """
 
     images: ImageConfig = field(default_factory=ImageConfig)
@@ -69,10 +70,11 @@ class DataConfig:
     masks: MaskConfig = field(default_factory=MaskConfig)
     threads: int = 0
     prefetch: int = 2
+    cache_megabytes: int = 256
 
     def __post_init__(self) -> None:
-        if self.threads < 0 or self.prefetch < 0:
-            raise ValueError("threads and prefetch are 0 or more")
+        if min(self.threads, self.prefetch, self.cache_megabytes) < 0:
+            raise ValueError("threads, prefetch and cache_megabytes are 0 or more")
 
 
 def normalize(images: jax.Array) -> jax.Array:
@@ -131,7 +133,8 @@ class MultiCropRows(Rows):
     def __init__(
         self, source: ImageSource, config: DataConfig, *, patch_size: int, seed: int, batch: int
     ):
-        self.images = HealthyImages(source, config.images.error_budget)
+        cache = config.cache_megabytes << 20
+        self.images = HealthyImages(source, config.images.error_budget, cache)
         self._crop = MultiCrop(config.crops)
         self._masks = group_masks(config, patch_size, batch)
         self._seed = seed

@@ -274,16 +274,20 @@ class HealthyImages:
     Args:
         source: Where the images come from.
         error_budget: How many may be damaged: below 1 a fraction of the source, from 1 on a number.
+        cache_bytes: Decoded images are kept until they take so much memory: a small set is decoded
+            once, not in every epoch.
 
     Attributes:
         damaged: What is wrong with each damaged image met so far, by number.
     """
 
-    def __init__(self, source: ImageSource, error_budget: float = 0.0):
+    def __init__(self, source: ImageSource, error_budget: float = 0.0, cache_bytes: int = 0):
         if error_budget < 0:
             raise UserError(f"error_budget is {error_budget}; use 0 or more")
         self.source = source
         self.damaged: dict[int, str] = {}
+        self._kept: dict[int, np.ndarray] = {}
+        self._room = cache_bytes
         self._allowed = int(error_budget if error_budget >= 1 else error_budget * len(source))
         self._lock = threading.Lock()
 
@@ -297,10 +301,21 @@ class HealthyImages:
             if number in self.damaged:
                 continue
             try:
-                return self.source[number], number
+                return self._image(number), number
             except DamagedRecord as error:
                 self._count(number, error)
         raise UserError(f"none of {len(self.source)} images can be read: {self.damaged[index]}")
+
+    def _image(self, number: int) -> np.ndarray:
+        kept = self._kept.get(number)
+        if kept is not None:
+            return kept
+        image = self.source[number]
+        with self._lock:
+            if image.nbytes <= self._room and number not in self._kept:
+                self._room -= image.nbytes
+                self._kept[number] = image
+        return image
 
     def _count(self, number: int, error: DamagedRecord) -> None:
         with self._lock:

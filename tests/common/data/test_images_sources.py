@@ -256,6 +256,22 @@ def test_damage_is_replaced_within_the_budget(folder, caplog):
         HealthyImages(opened(folder), -1)
 
 
+def test_decoded_images_are_kept_while_there_is_room():
+    read = []
+
+    class Counted(ImageArrays):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    images = np.arange(4 * 12, dtype=np.uint8).reshape(4, 2, 2, 3)
+    healthy = HealthyImages(Counted(images), cache_bytes=30)  # Two of 12 bytes each.
+    for _ in range(3):
+        for i in (2, 0, 1, 3):
+            np.testing.assert_array_equal(healthy.read(i)[0], images[i])
+    assert sorted(read) == [0, 1, 1, 1, 2, 3, 3, 3]
+
+
 @pytest.mark.parametrize("kind", [Shapes, Glyphs])
 def test_drawn_images(kind):
     source = kind(24, 60)
