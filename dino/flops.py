@@ -59,13 +59,13 @@ def student_flops(config: NetworkConfig, views: Views) -> float:
         for count, size in ((2, views.global_size), (views.local_views, views.local_size))
         if count
     )
-    return views.images * (backbone + _heads(config, 2 + views.local_views, views.patches))
+    return views.images * (backbone + heads_flops(config, 2 + views.local_views, views.patches))
 
 
 def teacher_flops(config: NetworkConfig, views: Views) -> float:
     """FLOPs of the teacher's forward pass over the global views."""
     backbone = 2 * config.backbone.flops(*views.global_size)
-    return views.images * (backbone + _heads(config, 2, views.patches))
+    return views.images * (backbone + heads_flops(config, 2, views.patches))
 
 
 def training_flops(student: NetworkConfig, teacher: NetworkConfig, views: Views) -> float:
@@ -73,7 +73,8 @@ def training_flops(student: NetworkConfig, teacher: NetworkConfig, views: Views)
     return 3.0 * student_flops(student, views) + teacher_flops(teacher, views)
 
 
-def _heads(config: NetworkConfig, crops: int, patches: int) -> float:
+def heads_flops(config: NetworkConfig, crops: int, patches: int) -> float:
+    """FLOPs of both heads for an image's views and patches, forward."""
     width = config.backbone.width
     of_images = crops * head_flops(config.dino_head, width)
     return of_images + patches * head_flops(config.patch_head, width)
