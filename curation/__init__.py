@@ -6,6 +6,7 @@ from typing import Any
 
 from curation.clusters import Hierarchy, Level
 from curation.deduplication import decontaminate, deduplicate, duplicate_components
+from curation.hierarchy import hierarchical_kmeans
 from curation.hierarchy_files import load, save
 from curation.kmeans import KMeans, kmeans
 from curation.retrieval import retrieve, retrieve_clusters
@@ -20,6 +21,7 @@ __all__ = [
     "deduplicate",
     "duplicate_components",
     "flat_sample",
+    "hierarchical_kmeans",
     "kmeans",
     "load",
     "retrieve",

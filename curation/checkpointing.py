@@ -29,18 +29,18 @@ class Checkpoints:
     """States of one clustering in a folder."""
 
     def __init__(
-        self, folder: Path, settings: Mapping[str, Any], *, seconds: float = SECONDS
+        self, folder: Path, settings: Mapping[str, Any], *, seconds: float | None = None
     ) -> None:
         """States are read only if they were written with the same `settings`, JSON-able.
 
         Args:
           folder: made if need be; all processes must see the same.
           settings: of the clustering and its data.
-          seconds: between two states.
+          seconds: between two states; None for `SECONDS`.
         """
         self.folder = folder
         self._settings = json.dumps(dict(settings), sort_keys=True)
-        self._seconds = seconds
+        self._seconds = SECONDS if seconds is None else seconds
         self._saved = time.monotonic()
 
     def below(self, name: str, settings: Mapping[str, Any]) -> "Checkpoints":
@@ -102,6 +102,14 @@ class Checkpoints:
         """Removes a state that nobody needs any more."""
         if jax.process_index() == 0:
             self._path(name).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Removes all states and the folder, if nothing else is in it."""
+        if jax.process_index() == 0 and self.folder.is_dir():
+            for path in self.folder.glob("*.npz"):
+                path.unlink(missing_ok=True)
+            if not any(self.folder.iterdir()):
+                self.folder.rmdir()
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.npz"

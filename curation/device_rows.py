@@ -42,6 +42,7 @@ class DeviceRows:
     Attributes:
       data: the embeddings.
       mesh: over the devices of all processes.
+      memory: bytes of rows that a device may hold, if that was given.
       shards: into how many parts the rows of a chunk are divided.
       block: rows computed at a time.
       shard_rows: rows of a chunk on one device, a multiple of `block`.
@@ -56,7 +57,7 @@ class DeviceRows:
           mesh: rows are divided over all its axes.
           memory: bytes of rows that a device may hold; None for a gigabyte.
         """
-        self.data, self.mesh = data, mesh
+        self.data, self.mesh, self.memory = data, mesh, memory
         self.shards = mesh.size
         self.block = min(BLOCK, 1 << max(3, (data.rows - 1).bit_length()))
         blocks = -(-data.rows // (self.block * self.shards))

@@ -71,6 +71,12 @@ class Embeddings:
         """What tells these embeddings from others of the same numbers: JSON-able."""
         return {"rows": self.rows, "width": self.width, "normalize": self._normalize}
 
+    def subset(self, indices: np.ndarray) -> "Embeddings":
+        """Returns the rows of these numbers, as embeddings of their own."""
+        if self._subset is not None:
+            indices = self._subset[indices]
+        return Embeddings(self._array, name=self.name, normalize=self._normalize, subset=indices)
+
     def read(self, start: int, stop: int) -> np.ndarray:
         """Returns rows start:stop in float32, or float64 where they are stored so."""
         if self._subset is not None:
@@ -128,6 +134,10 @@ class Centred:
         """JSON-able; other for other data."""
         check = zlib.crc32(self.centre.tobytes())
         return {**self.embeddings.settings, "span": self.span, "check": check}
+
+    def subset(self, indices: np.ndarray) -> "Centred":
+        """Returns the rows of these numbers, centred as all of them are."""
+        return dataclasses.replace(self, embeddings=self.embeddings.subset(indices))
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Returns rows start:stop minus the centre, float32."""

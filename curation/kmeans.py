@@ -2,7 +2,7 @@
 
 import dataclasses
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -148,7 +148,7 @@ def kmeans(
     return cluster_rows(
         DeviceRows(data, mesh or make_mesh(), memory=memory),
         k,
-        seed,
+        (seed,),
         config,
         start=start,
         checkpoints=kept,
@@ -159,7 +159,7 @@ def kmeans(
 def cluster_rows(
     rows: DeviceRows,
     k: int,
-    seed: int,
+    seed: Sequence[int],
     config: KMeansConfig,
     *,
     start: np.ndarray | None = None,
@@ -179,7 +179,7 @@ def cluster_rows(
         if start is not None:
             centroids = np.asarray(start - data.centre, np.float32)
         else:
-            centroids = _seeds(rows, k, (seed, number), config.init, precision, states, report)
+            centroids = _seeds(rows, k, (*seed, number), config.init, precision, states, report)
         found = lloyd(rows, centroids, iterate, checkpoints=states, report=report)
         if best is None or found.assignment.inertia < best.inertia:
             best = KMeans(

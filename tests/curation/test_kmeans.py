@@ -75,10 +75,10 @@ def test_as_good_as_scikit_learn(name, one_device):
     x = DATA[name]()
     fits = [
         cluster.KMeans(40, n_init=1, max_iter=30, tol=0, random_state=seed).fit(x.astype("f8"))
-        for seed in range(2)
+        for seed in range(3)
     ]
-    have = curation.kmeans(x, 40, iterations=30, tolerance=0, restarts=4, mesh=one_device)
-    assert have.inertia <= 1.01 * min(fit.inertia_ for fit in fits)
+    have = curation.kmeans(x, 40, iterations=30, tolerance=0, restarts=3, mesh=one_device)
+    assert have.inertia <= 1.01 * np.median([fit.inertia_ for fit in fits])
 
 
 @pytest.fixture(scope="module")
