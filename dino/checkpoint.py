@@ -6,31 +6,36 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from common import values
 from common.checkpoint import (
     TensorReader,
-    export_tensors,
     open_checkpoint,
     open_huggingface,
-    read_model_folder,
     subtree,
-    write_safetensors,
 )
 from common.errors import UserError
-from common.models.loading import Placement, read_json, require_new, save_workspace
+from common.models.loading import (
+    Placement,
+    check_layers,
+    open_workspace,
+    read_json,
+    recognise,
+    save_huggingface,
+    save_workspace,
+    write_as,
+)
 from common.models.vit import ViT, ViTConfig
 from common.nn.positions import Interpolation
-from common.sharding import DEFAULT_RULES, Rules, barrier
+from common.sharding import DEFAULT_RULES, Rules
 from dino import convert
 from dino.config import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig, Color
 from dino.model import Backbone
 
 PACKAGE = "dino"
-# Where a run's configuration has the backbone's shape, and its parameters the teacher's backbone.
-RUN_CONFIG = ("model", "backbone")
+# Where the model of a run's configuration has its backbone, and its parameters the teacher's.
+RUN_MODEL = "backbone"
 RUN_BACKBONE = ("teacher", "backbone")
 PREPROCESSOR = "preprocessor_config.json"
 _TORCH_SUFFIXES = (".pth", ".pt")
@@ -70,17 +75,16 @@ def load(
       UserError: nothing there, damaged, or another model's checkpoint.
     """
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"no checkpoint at {path}: check the path")
+    kind = recognise(path)
     if position_interpolation not in ("hub", "hf"):
         raise UserError(
             f"position_interpolation must be 'hub' or 'hf', not {position_interpolation!r}"
         )
     placement = Placement(dtype if param_dtype is None else param_dtype, mesh, rules)
     options = _Options(dtype, remat, position_interpolation)
-    if (path / "model.json").is_file() or (path / "checkpoints").is_dir():
+    if kind == "workspace":
         return _load_workspace(path, placement, options)
-    data = read_json(path / "config.json", missing_ok=True) if path.is_dir() else {}
+    data = read_json(path / "config.json") if kind == "huggingface" else {}
     if "model_type" in data:
         return _load_huggingface(path, data, placement, options)
     return _load_original(path, data, num_heads, placement, options)
@@ -105,14 +109,15 @@ def save(
       UserError: the folder is not empty, or the format cannot express the model.
     """
     path = Path(path)
-    require_new(path)
-    if format == "workspace":
+
+    def workspace() -> None:
         config = values.encode(model.backbone_config, BackboneConfig)
         save_workspace(model, path, PACKAGE, config, dtype)
-    elif format == "huggingface":
+
+    def huggingface() -> None:
         _save_huggingface(model, path, dtype)
-    else:
-        raise UserError(f"unknown format '{format}': choose 'workspace' or 'huggingface'")
+
+    write_as(path, format, {"workspace": workspace, "huggingface": huggingface})
 
 
 def as_backbone(vit: ViT, config: BackboneConfig | None = None) -> Backbone:
@@ -156,13 +161,8 @@ def _load_huggingface(
     vit = convert.config_from_huggingface(data, str(where))
     reader = open_huggingface(path)
     reader = subtree(reader, *(f"{kind}." for kind in reversed(convert.MODEL_TYPES)))
-    names = reader.keys()
-    if vit.num_layers > len(names):
-        raise UserError(
-            f"{where} states {vit.num_layers} layers, but the checkpoint has only {len(names)} "
-            "tensors"
-        )
-    rows = convert.huggingface_rows(vit, names)
+    check_layers(where, vit.num_layers, reader)
+    rows = convert.huggingface_rows(vit, reader.keys())
     config = options.config(vit, *_colors(path / PREPROCESSOR, "image_mean", "image_std"))
     return placement.from_tensors(_builder(config), reader, rows, convert.IGNORED_HUGGINGFACE)
 
@@ -177,8 +177,6 @@ def _load_original(
     """The original's file, or timm's file or folder."""
     reader = convert.backbone_tensors(_open(path))
     vit = convert.config_from_tensors(reader, num_heads)
-    if vit.num_layers > len(reader.keys()):
-        raise UserError(f"{path} numbers more blocks than it has tensors")
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     if "pretrained_cfg" in data:  # timm's
         mean, std = _colors(path / "config.json", "mean", "std", within="pretrained_cfg")
@@ -200,23 +198,17 @@ def _open(path: Path) -> TensorReader:
 
 def _load_workspace(path: Path, placement: Placement, options: _Options) -> Backbone:
     """A model folder, or a run's workdir with its checkpoints."""
+    saved = open_workspace(path, PACKAGE, f"of {PACKAGE}")
     if (path / "model.json").is_file():
-        package, data, params, _ = read_model_folder(path)
-        where = path / "model.json"
-        if package != PACKAGE:
-            raise UserError(f"{where} describes a model of '{package}', not of {PACKAGE}")
-        stored = values.decode(data, BackboneConfig, "", str(where))
+        stored = values.decode(saved.config, BackboneConfig, "", saved.where)
         config = options.config(stored.vit, stored.image_mean, stored.image_std)
-        return placement.from_params(_builder(config), params)
-    where = path / "config.json"
-    found: Any = read_json(where)
-    for key in RUN_CONFIG:
-        found = found.get(key) if isinstance(found, dict) else None
+        return placement.from_params(_builder(config), saved.params)
+    found = saved.config.get(RUN_MODEL)
     if not isinstance(found, dict):
-        raise UserError(f"{where} has no '{'.'.join(RUN_CONFIG)}': not a run of {PACKAGE}")
-    vit = values.decode(found, ViTConfig, ".".join(RUN_CONFIG), str(where))
+        raise UserError(f"{saved.where} has no 'model.{RUN_MODEL}': not a run of {PACKAGE}")
+    vit = values.decode(found, ViTConfig, f"model.{RUN_MODEL}", saved.where)
     config = options.config(vit, IMAGENET_MEAN, IMAGENET_STD)
-    return placement.from_params(_builder(config), path / "checkpoints", RUN_BACKBONE)
+    return placement.from_params(_builder(config), saved.params, RUN_BACKBONE)
 
 
 def _colors(file: Path, mean: str, std: str, within: str | None = None) -> tuple[Color, Color]:
@@ -236,17 +228,12 @@ def _colors(file: Path, mean: str, std: str, within: str | None = None) -> tuple
 
 
 def _save_huggingface(model: Backbone, path: Path, dtype: Any) -> None:
-    params = nnx.to_pure_dict(nnx.state(model))
-    kept = jnp.dtype(dtype) if dtype is not None else jax.tree.leaves(params)[0].dtype
-    config = convert.config_to_huggingface(model.config, kept.name)
-    settings = model.backbone_config
-    primary = jax.process_index() == 0  # The others take part in gathering what lies on them.
-    if primary:
-        path.mkdir(parents=True, exist_ok=True)
-    tensors = export_tensors(params, convert.huggingface_rows(model.config), dtype)
-    write_safetensors(path, tensors, write=primary)
-    if primary:
-        processor = convert.preprocessor_to_huggingface(settings.image_mean, settings.image_std)
-        for name, data in (("config.json", config), (PREPROCESSOR, processor)):
-            (path / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    barrier("backbone_saved")
+    vit, settings = model.config, model.backbone_config
+    rows = convert.huggingface_rows(vit)
+    save_huggingface(
+        model, path, rows, lambda kept: convert.config_to_huggingface(vit, kept), dtype
+    )
+    if jax.process_index() == 0:
+        data = convert.preprocessor_to_huggingface(settings.image_mean, settings.image_std)
+        text = json.dumps(data, indent=2) + "\n"
+        (path / PREPROCESSOR).write_text(text, encoding="utf-8")

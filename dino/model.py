@@ -41,7 +41,7 @@ class Backbone(ViT):
         self._check(images)
         chosen = layers if isinstance(layers, int) else tuple(layers)
         graphdef, state = nnx.split(self)
-        return _features(graphdef, state, images, chosen, norm)
+        return features_of(graphdef, state, images, chosen, norm)
 
     def attention_maps(self, images: jax.Array, block: int = -1) -> jax.Array:
         """What each token's query takes of each token: `[B, heads, T, T]` fp32, T = 1 + R + N.
@@ -78,7 +78,8 @@ class Backbone(ViT):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
-def _features(graphdef, state, images, layers, norm: bool) -> Tokens:
+def features_of(graphdef, state, images, layers, norm: bool) -> Tokens:
+    """`Backbone.features` of a backbone in parts; `layers` and `norm` are static."""
     return ViT.features(nnx.merge(graphdef, state), images, layers, norm)
 
 

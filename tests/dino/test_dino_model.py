@@ -41,7 +41,7 @@ def test_features_are_the_trunk_s(model):
 
 
 def test_one_program_for_each_size(model):
-    before = models._features._cache_size()
+    before = models.features_of._cache_size()
     for size in (8, 12, 8, 12, 8):
         model.features(np.zeros((1, size, 8, 3), np.float32))
     # New parameters of the same shapes are no new program.
@@ -52,7 +52,7 @@ def test_one_program_for_each_size(model):
         ).max()
         > 0
     )
-    assert models._features._cache_size() == before + 2
+    assert models.features_of._cache_size() == before + 2
 
 
 def test_inside_other_programs(model):
