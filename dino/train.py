@@ -32,6 +32,7 @@ MAY_CHANGE = (
     "model.backbone.remat",
     "data.threads",
     "data.prefetch",
+    "data.cache_megabytes",
     "train.mesh",
     "train.steps",
     "train.log_every",
