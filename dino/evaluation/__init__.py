@@ -8,4 +8,5 @@ retrieval       average precision of a ranking
 dense_data      images with a map of labels or of depth
 segmentation    linear heads on patches, intersection over union
 depth           bins of depth on patches, root mean square error
+diagnostics     spread of features, a probe of single patches
 """

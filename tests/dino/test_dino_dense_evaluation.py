@@ -19,6 +19,7 @@ from dino.evaluation.dense_features import (
     to_pixels,
 )
 from dino.evaluation.depth import DepthConfig
+from dino.evaluation.diagnostics import patch_probe, spread_of
 from dino.evaluation.features import Pixels
 from dino.evaluation.metrics import confusion, mean_iou
 from dino.evaluation.segmentation import SegmentationConfig
@@ -282,3 +283,35 @@ def test_drawn_labels():
     assert (image != test[3][0]).any()
     with pytest.raises(UserError, match="did you mean 'shapes:train'"):
         open_labels("shapes:trains", None)
+
+
+def test_spread_of_features():
+    rng = np.random.default_rng(0)
+    wide = spread_of(rng.normal(size=(400, 16)))
+    narrow = spread_of(np.ones(16) + 0.01 * rng.normal(size=(400, 16)))
+    assert narrow.nearest < 0.05 < 0.5 < wide.nearest
+    assert narrow.mean_cosine > 0.99 > 0.1 > abs(wide.mean_cosine)
+    # Directions of equal variance count in full, one of them alone as 1.
+    assert 14.5 < wide.effective_rank <= 16
+    line = np.stack([np.cos(t := np.linspace(0, 0.1, 50)), np.sin(t)], 1)
+    assert spread_of(line).effective_rank < 1.1
+    corners = np.concatenate([np.eye(3), -np.eye(3)])
+    found = spread_of(corners)
+    assert found.nearest == pytest.approx(np.sqrt(2))
+    assert found.mean_cosine == pytest.approx(-1 / 5)
+    assert found.effective_rank == pytest.approx(3)
+    assert spread_of(np.ones((4, 3))).effective_rank == pytest.approx(1)
+    with pytest.raises(UserError, match="2 features or more"):
+        spread_of(np.ones((1, 3)))
+
+
+def test_probe_of_patches(pairs):
+    """Sides are told by brightness; what knows nothing is near one class of two."""
+    sides, _ = pairs
+    assert patch_probe(Pixels(4), sides, sides, 4, 2, batch=5) > 0.9
+
+    class Blind(Pixels):
+        def normalize(self, images):
+            return super().normalize(images) * 0
+
+    assert patch_probe(Blind(4), sides, sides, 4, 2, batch=5) < 0.5
