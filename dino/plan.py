@@ -70,7 +70,7 @@ def _features(config: Config, devices: Sequence[jax.Device], inference: Inferenc
     placed = None if whole else batch_sharding(mesh)
     images = jax.ShapeDtypeStruct((rows, size, size, vit.channels), jnp.float32, sharding=placed)
     return Program(
-        function=features._features,
+        function=features.features_of,
         arguments=(graphdef, state, images, 1, True),
         holds={"parameters": state, "batch": images},
         flops=rows * vit.flops(size, size),

@@ -1,27 +1,23 @@
-"""Features compiled for accelerators that are not here: they fit, and are bound by arithmetic."""
-
-import dataclasses
+"""Features compiled for accelerators that are not here: they fit, one block at a time."""
 
 import pytest
 
-from common.plan.measure import plan
-from common.sharding import topology
-from dino.ahead import features_program
+from common.plan import __main__ as command
+from common.sharding.program import Inference
 from dino.config import MODELS
 
 pytestmark = pytest.mark.compile
 
 
-@pytest.mark.parametrize(
-    ("size", "where", "rows"), [("vitl14", "h100:1", 64), ("vitg14_reg", "v5e:2x2", 64)]
-)
-def test_features(size, where, rows):
-    config = dataclasses.replace(MODELS[size](), dtype="bfloat16")
-    target = topology(where)
-    found = plan("features", features_program(config, target.devices, rows), target)
-    assert found.fits, found
-    assert found.flops == pytest.approx(rows * config.flops(518, 518))
-    # One block at a time: nowhere near the activations of all of them.
+@pytest.mark.parametrize(("preset", "where"), [("vitl14", "h100:1"), ("vitg14", "v5e:2x2")])
+def test_features(preset, where):
+    rows = 64
+    overrides = ("data.crops.global_size=518", "model.backbone.dtype=bfloat16")
+    target, [plan] = command.plans("dino", preset, where, overrides, ["features"], Inference(rows))
+    assert plan.fits, plan
+    config = MODELS["vitl14_swiglu" if preset == "vitl14" else preset]()
+    assert plan.flops == pytest.approx(rows * config.flops(518, 518))
+    # Nowhere near the activations of all blocks.
     block = 4 * rows / len(target.devices) * 1370 * config.hidden
-    assert found.memory.temporary < 8 * block, found.memory
-    assert not found.collectives
+    assert plan.memory.temporary < 8 * block, plan.memory
+    assert not plan.collectives
