@@ -79,6 +79,8 @@ def _measure(config: ReproduceConfig, workdir: Path, resume_command: str | None)
         "other": lambda: {"donor": donor_name(other), "positions": other.positions},
     }
     found = {name: measured(workdir, name, run) for name, run in experiments.items()}
+    for bench in (main, other):
+        bench.release(NAMES[bench.config.cross])
     return {"device": jax.devices()[0].device_kind, **found}
 
 

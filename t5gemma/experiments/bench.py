@@ -192,14 +192,9 @@ class Bench:
         return scores
 
     def model(self, arm: Arm) -> T5Gemma:
-        """The trained model of an arm that was not released."""
-        start = arm.start()
-        folder = self.folder / arm.name
-        model = load_trained(
-            TargetTokens(lambda r: T5Gemma(start.config, rngs=r)), folder, self.seed
-        )
-        attach_tokenizer(model, self.tokenizer)
-        return model
+        """The trained model of an arm; one that was released is trained again."""
+        self._train(arm)
+        return self._load(arm)
 
     def release(self, arm_name: str) -> None:
         """Removes a training of a real donor once it is scored: each holds gigabytes."""
@@ -208,7 +203,7 @@ class Bench:
 
     def _scores(self, arm: Arm) -> dict[str, Any]:
         special = self._train(arm)
-        model = self.model(arm)
+        model = self._load(arm)
         metrics = read_metrics(self.folder / arm.name)
         lines = [line for line in metrics if "eval/heldout/loss" in line]
         per_step = self.positions // self.config.train.steps
@@ -243,6 +238,13 @@ class Bench:
             resume_command=self.resume_command,
         )
         return data.special
+
+    def _load(self, arm: Arm) -> T5Gemma:
+        shape = arm.start().config
+        task = TargetTokens(lambda rngs: T5Gemma(shape, rngs=rngs))
+        model = load_trained(task, self.folder / arm.name, self.seed)
+        attach_tokenizer(model, self.tokenizer)
+        return model
 
     def _task(self, arm: Arm, shape: T5GemmaConfig) -> TargetTokens:
         def build(rngs: nnx.Rngs) -> T5Gemma:

@@ -143,7 +143,7 @@ def _both_ways_writes(m: Measured) -> bool:
 
 def _both_ways_reads(m: Measured) -> bool:
     accuracy = m["objectives"]["accuracy"]
-    return accuracy[objectives.DISTILLED] > accuracy[objectives.CAUSAL]
+    return accuracy[objectives.PREFIX] > accuracy[objectives.CAUSAL]
 
 
 EXPECTATIONS = (

@@ -26,7 +26,6 @@ def measure_equal_flops(config: TimingConfig, bench: Bench) -> dict[str, Any]:
     model = arm.start()
     decoder = bench.scores_of_continued()
     pair = bench.scores(arm)
-    bench.release(arm.name)
     # Times depend on shapes alone, so that the trained weights are not needed.
     seconds = median_seconds(
         {ADAPTED: bench.pieces.answers(model), CONTINUED: bench.pieces.answers(bench.donor)},

@@ -40,9 +40,11 @@ def measure_from_scratch(config: FromScratchConfig, bench: Bench) -> dict[str, A
         adapted(bench, "zero"),
         fresh,
     )
-    scores = {arm.name: bench.scores(arm) for arm in arms}
+    scores = {}
     for arm in arms:
-        bench.release(arm.name)
+        scores[arm.name] = bench.scores(arm)
+        if arm.name != NAMES[bench.config.cross]:  # Which others compare with.
+            bench.release(arm.name)
     level = scores[SCRATCH]["curve"][-1]
     places = scores[SCRATCH]["positions"]
     curves = {name: score["curve"] for name, score in scores.items()}

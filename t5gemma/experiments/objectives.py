@@ -41,11 +41,12 @@ def measure_objectives(config: ObjectivesConfig, bench: Bench) -> dict[str, Any]
         f"{bench.folder.name}-donor",
         lambda: bench.pieces.score(bench.donor),
     )
+    ablation = (PREFIX, CAUSAL) if config.causal_encoder else ()
     read = {}
-    for name in (DISTILLED, UL2, *((CAUSAL,) if config.causal_encoder else ()), DONOR):
+    for name in (DISTILLED, UL2, *ablation, DONOR):
         read[name] = task.accuracy(name, arms.get(name))
-    for arm in arms.values():
-        bench.release(arm.name)
+        if name not in (PREFIX, DONOR):
+            bench.release(name)
     return {
         "loss": {name: score["loss"] for name, score in scores.items()},
         "rougeL": {name: score["rougeL"] for name, score in scores.items()},

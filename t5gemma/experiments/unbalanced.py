@@ -38,7 +38,7 @@ def measure_unbalanced(
         SMALL: bench.scores(Arm(SMALL, lambda: shapes[SMALL])),
         UNBALANCED: warmed[1],
     }
-    for name in (large.name, SMALL, *(arm.name for arm in arms)):
+    for name in (SMALL, *(arm.name for arm in arms)):
         bench.release(name)
     seconds = median_seconds(
         {name: bench.pieces.answers(model) for name, model in shapes.items()},
