@@ -137,7 +137,7 @@ class MultiCropRows(Rows):
         self.images = HealthyImages(source, config.images.error_budget, cache)
         self._crop = MultiCrop(config.crops)
         self._masks = group_masks(config, patch_size, batch)
-        self._seed = seed
+        self._seed = seed % 2**63  # NumPy takes no negative ones.
         self._pool = ThreadPoolExecutor(config.threads or os.cpu_count() or 1, "crops")
 
     def __len__(self) -> int:

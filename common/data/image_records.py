@@ -5,13 +5,14 @@ decoded by `common.data.images`.
 """
 
 import base64
+import functools
 import json
 from typing import Any
 
 import numpy as np
 
 from common.data.file_sources import CorpusFile, files_digest, find_files, locate
-from common.data.image_sources import Decoding, ImageSource
+from common.data.image_sources import Decoding, ImageSource, Labelling, labelling_by_name
 from common.data.images import open_image
 from common.data.record_sources import array_record_reader, first_line, tfds_builder
 from common.data.sources import DamagedRecord, digest, record_keys
@@ -22,8 +23,8 @@ class ImageRecords(ImageSource):
     """Records of array_record files: encoded images (PNG, JPEG, …), or JSON objects.
 
     A JSON object holds the encoded image in base64 as `image`, and may hold a `label`: a whole
-    number, or the name of a class. Whether records have labels is decided by the first one; then
-    all are read once for theirs.
+    number, or the name of a class. Whether records have labels is decided by the first one; who
+    asks for labels has all records read once.
     """
 
     def __init__(self, files: list[CorpusFile], decoding: Decoding | None = None):
@@ -31,8 +32,6 @@ class ImageRecords(ImageSource):
         self._decoding = decoding or Decoding()
         self._readers = [array_record_reader(file.path) for file in files]
         self._first = np.cumsum([0] + [reader.num_records() for reader in self._readers])
-        if len(self) and "label" in _fields(self._read(0)):
-            self._read_labels()
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -53,26 +52,26 @@ class ImageRecords(ImageSource):
         except (RuntimeError, IndexError) as error:
             raise DamagedRecord(f"{self.describe(index)}: {first_line(error)}") from error
 
-    def _read_labels(self) -> None:
+    @functools.cached_property
+    def labelling(self) -> Labelling | None:
+        if not len(self) or "label" not in _fields(self._read(0)):
+            return None
         labels: list[Any] = []
         for index in range(len(self)):
             try:
                 labels.append(_fields(self._read(index)).get("label"))
             except DamagedRecord:
                 labels.append(labels[0])  # Never seen: its image cannot be read either.
+        if all(isinstance(label, str) for label in labels):
+            return labelling_by_name(labels)
         if all(type(label) is int and label >= 0 for label in labels):
-            self.labels = np.array(labels, np.int64)
-            self.classes = tuple(map(str, range(int(self.labels.max()) + 1)))
-        elif all(isinstance(label, str) for label in labels):
-            self.classes = tuple(sorted(set(labels)))
-            number = {name: i for i, name in enumerate(self.classes)}
-            self.labels = np.array([number[label] for label in labels], np.int64)
-        else:
-            wrong = next(i for i, label in enumerate(labels) if type(label) is not type(labels[0]))
-            raise UserError(
-                f"{self.describe(wrong)}: label {labels[wrong]!r}, where the first record has "
-                f"{labels[0]!r}; use numbers from 0, or names, for all"
-            )
+            numbers = np.array(labels, np.int64)
+            return Labelling(tuple(map(str, range(int(numbers.max()) + 1))), numbers)
+        wrong = next(i for i, label in enumerate(labels) if type(label) is not type(labels[0]))
+        raise UserError(
+            f"{self.describe(wrong)}: label {labels[wrong]!r}, where the first record has "
+            f"{labels[0]!r}; use numbers from 0, or names, for all"
+        )
 
     def describe(self, index: int) -> str:
         file, record = locate(self._first, index)
@@ -106,8 +105,8 @@ class PreparedImages(ImageSource):
             self._length = len(self._data)
         except (NotImplementedError, RuntimeError, ValueError, OSError) as error:
             raise UserError(f"tfds dataset '{path}' cannot be read: {first_line(error)}") from error
-        if label_field in builder.info.features:
-            self._read_labels(builder.info.features[label_field], label_field)
+        self._label_field = label_field if label_field in builder.info.features else None
+        self._features = builder.info.features
 
     def __len__(self) -> int:
         return self._length
@@ -121,19 +120,24 @@ class PreparedImages(ImageSource):
             raise DamagedRecord(f"{self.describe(index)}: no encoded image")
         return _decoded(data, self._decoding, self.describe(index))
 
-    def _read_labels(self, feature: Any, field: str) -> None:
+    @functools.cached_property
+    def labelling(self) -> Labelling | None:
+        if self._label_field is None:
+            return None
         labels = np.empty(len(self), np.int64)
         for index in range(len(self)):
             try:
-                labels[index] = self._data[index][field]
+                labels[index] = self._data[index][self._label_field]
             except (RuntimeError, IndexError, KeyError):
                 labels[index] = 0  # Never seen: its image cannot be read either.
             except (TypeError, ValueError) as error:
-                raise UserError(f"{self.describe(index)}: feature '{field}' is no label") from error
+                raise UserError(
+                    f"{self.describe(index)}: feature '{self._label_field}' is no label"
+                ) from error
+        feature = self._features[self._label_field]
         count = max(getattr(feature, "num_classes", 0) or 0, int(labels.max(initial=-1)) + 1)
         names = getattr(feature, "names", None) or []
-        self.classes = tuple(names if len(names) == count else map(str, range(count)))
-        self.labels = labels
+        return Labelling(tuple(names if len(names) == count else map(str, range(count))), labels)
 
     def describe(self, index: int) -> str:
         return f"{self._path!r}, subset {self._subset}, record {index}"

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from common.data.image_sources import ImageSource
+from common.data.image_sources import ImageSource, Labelling
 from common.data.images import open_image
 from common.data.sources import digest, record_keys
 from common.errors import UserError
@@ -34,19 +34,26 @@ class DrawnImages(ImageSource):
         size: Side in pixels.
         count: Number of images; their classes take turns.
         scale: Least and largest extent of an object, as a share of the side.
+
+    Attributes:
+        names: Of the classes.
     """
 
-    labels: np.ndarray
+    names: tuple[str, ...]
 
     def __init__(self, size: int, count: int, scale: tuple[float, float] = (0.55, 0.85)):
         if size < 8 or count < 1:
             raise UserError(f"{count} drawn images of {size} pixels: draw 1 or more, from 8 pixels")
         self.size = size
         self.scale = scale
-        self.labels = np.arange(count, dtype=np.int64) % len(self.classes)
+        self._count = count
+
+    @functools.cached_property
+    def labelling(self) -> Labelling:
+        return Labelling(self.names, np.arange(self._count, dtype=np.int64) % len(self.names))
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return self._count
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self.draw(index)[0]
@@ -56,7 +63,7 @@ class DrawnImages(ImageSource):
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         rng = np.random.default_rng([index, *digest_number(type(self).__name__)])
-        coverage = self._coverage(rng, int(self.labels[index]))
+        coverage = self._coverage(rng, index % len(self.names))
         background = self._background(rng)
         colour = _contrasting(rng, background.mean((0, 1)))
         mixed = background + coverage[..., None] * (colour - background)
@@ -91,7 +98,7 @@ class DrawnImages(ImageSource):
 class Shapes(DrawnImages):
     """Disks, squares and the like, turned by any angle, over waves of another colour."""
 
-    classes = ("disk", "square", "triangle", "ring", "plus", "star", "bar", "crescent")
+    names = ("disk", "square", "triangle", "ring", "plus", "star", "bar", "crescent")
 
     def _coverage(self, rng: np.random.Generator, label: int) -> np.ndarray:
         extent, centre = self._extent(rng)
@@ -99,7 +106,7 @@ class Shapes(DrawnImages):
         fine = (np.arange(3 * self.size) + 0.5) / 3  # Three points to a pixel each way.
         x, y = (fine - centre[0]) * 2 / extent, (fine - centre[1])[:, None] * 2 / extent
         c, s = math.cos(angle), math.sin(angle)
-        inside = _SHAPES[self.classes[label]](c * x + s * y, c * y - s * x)
+        inside = _SHAPES[self.names[label]](c * x + s * y, c * y - s * x)
         return inside.reshape(self.size, 3, self.size, 3).mean((1, 3))
 
     def _background(self, rng: np.random.Generator) -> np.ndarray:
@@ -113,7 +120,7 @@ class Shapes(DrawnImages):
 class Glyphs(DrawnImages):
     """Capital letters in many fonts, slightly turned, over small pieces of a photograph."""
 
-    classes = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    names = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
     def _coverage(self, rng: np.random.Generator, label: int) -> np.ndarray:
         extent, centre = self._extent(rng)
@@ -121,7 +128,7 @@ class Glyphs(DrawnImages):
         side = 2 * self.size
         canvas = Image.new("L", (side, side))
         ImageDraw.Draw(canvas).text(
-            (side / 2, side / 2), self.classes[label], fill=255, font=font, anchor="mm"
+            (side / 2, side / 2), self.names[label], fill=255, font=font, anchor="mm"
         )
         turned = canvas.rotate(rng.uniform(-20, 20), Image.Resampling.BILINEAR)
         left, top = self.size - centre[0], self.size - centre[1]

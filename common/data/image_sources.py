@@ -6,6 +6,7 @@ on indices. `image_records` reads record files, `image_sets` holds built-in sets
 """
 
 import abc
+import functools
 import logging
 import os
 import threading
@@ -33,16 +34,31 @@ class Decoding:
     stretch: bool = False
 
 
+@dataclass(frozen=True)
+class Labelling:
+    """Classes by name, in the order of their numbers, and the number of each image's, int64 [N]."""
+
+    classes: tuple[str, ...]
+    labels: np.ndarray
+
+
 class ImageSource(abc.ABC):
-    """A fixed sequence of images, with or without labels.
+    """A fixed sequence of images, with or without labels."""
 
-    Attributes:
-        classes: Names of the classes, in the order of their numbers; empty without labels.
-        labels: int64 [N], or None where images have no label.
-    """
+    @functools.cached_property
+    def labelling(self) -> Labelling | None:
+        """Classes and labels, or None. Read when first asked for, which training never does."""
+        return None
 
-    classes: Sequence[str] = ()
-    labels: np.ndarray | None = None
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of their numbers; empty without labels."""
+        return self.labelling.classes if self.labelling else ()
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """int64 [N], or None where images have no label."""
+        return self.labelling.labels if self.labelling else None
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -76,8 +92,11 @@ class ImageSelection(ImageSource):
         self._source = source
         self._indices = indices
         self._label = label
-        self.classes = source.classes
-        self.labels = None if source.labels is None else source.labels[indices]
+
+    @functools.cached_property
+    def labelling(self) -> Labelling | None:
+        whole = self._source.labelling
+        return whole and Labelling(whole.classes, whole.labels[self._indices])
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -152,10 +171,11 @@ class ImageFolder(ImageSource):
         loose = next((file for file, part in zip(files, parts) if len(part) == 1), None)
         if classes == "folders" and loose:
             raise UserError(f"{loose.path!r} lies in no class folder, as every image should")
-        if classes != "none" and not loose:
-            self.classes = tuple(sorted({part[0] for part in parts}, key=os.fsencode))
-            number = {name: i for i, name in enumerate(self.classes)}
-            self.labels = np.array([number[part[0]] for part in parts], np.int64)
+        self._folders = None if loose or classes == "none" else [part[0] for part in parts]
+
+    @functools.cached_property
+    def labelling(self) -> Labelling | None:
+        return None if self._folders is None else labelling_by_name(self._folders)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -209,12 +229,18 @@ class ImageArrays(ImageSource):
         self._images = images
         self._name = name
         self._decoding = decoding or Decoding()
+        self._given = None
         if labels is not None:
-            self.labels = _checked_labels(labels, len(images), name)
-            count = int(self.labels.max(initial=-1)) + 1
-            self.classes = tuple(map(str, range(count) if classes is None else classes))
-            if len(self.classes) < count:
-                raise UserError(f"{name}: label {count - 1} for {len(self.classes)} classes")
+            checked = _checked_labels(labels, len(images), name)
+            count = int(checked.max(initial=-1)) + 1
+            names = tuple(map(str, range(count) if classes is None else classes))
+            if len(names) < count:
+                raise UserError(f"{name}: label {count - 1} for {len(names)} classes")
+            self._given = Labelling(names, checked)
+
+    @functools.cached_property
+    def labelling(self) -> Labelling | None:
+        return self._given
 
     def __len__(self) -> int:
         return len(self._images)
@@ -334,6 +360,13 @@ class HealthyImages:
             f"{error} (damaged image number {count} of {len(self.source)} images;"
             f" error_budget allows {self._allowed})"
         )
+
+
+def labelling_by_name(names: Sequence[str]) -> Labelling:
+    """Classes in the order of their bytes, and labels, of images whose classes are `names`."""
+    classes = tuple(sorted(set(names), key=os.fsencode))
+    number = {name: i for i, name in enumerate(classes)}
+    return Labelling(classes, np.array([number[name] for name in names], np.int64))
 
 
 def _checked_labels(labels: Any, images: int, name: str) -> np.ndarray:

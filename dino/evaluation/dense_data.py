@@ -99,7 +99,9 @@ class DrawnLabels(DenseSource):
     def __getitem__(self, index: int) -> Pair:
         number = int(self._numbers[index])
         image, covered = self._images.draw(number)
-        return image, np.where(covered, self._images.labels[number] + 1, 0).astype(np.int32)
+        return image, np.where(covered, self._images.labelling.labels[number] + 1, 0).astype(
+            np.int32
+        )
 
 
 class _Few(DenseSource):
