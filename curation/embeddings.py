@@ -17,6 +17,7 @@ import numpy as np
 
 from common.errors import UserError
 from curation.exact_sums import span_of
+from curation.npy_files import map_npy
 
 _CENTRE_ROWS = 16_384
 _SCAN_BYTES = 1 << 25
@@ -165,31 +166,10 @@ def open_embeddings(
     if isinstance(source, Embeddings):
         return source
     if isinstance(source, (str, os.PathLike)):
-        array, name = map_npy(Path(source)), str(source)
+        array, name = map_npy(Path(source).expanduser()), str(source)
     else:
         array, name = np.asanyarray(source), "the embeddings"
     return Embeddings(array, name=name, normalize=normalize, subset=subset)
-
-
-def map_npy(path: Path) -> np.ndarray:
-    """Maps a `.npy` file of numbers into memory.
-
-    Raises:
-      UserError: it is missing, truncated, or something else.
-    """
-    try:
-        with open(path, "rb") as stream:
-            if stream.read(6) != b"\x93NUMPY":
-                raise UserError(f"{path} is not a .npy file: write embeddings with numpy.save")
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, EOFError, SyntaxError) as error:
-        size = path.stat().st_size
-        raise UserError(
-            f"{path} is truncated or damaged ({size} bytes; {error}): write it again"
-        ) from error
-    return array
 
 
 def scan(embeddings: Embeddings) -> Centred:

@@ -22,6 +22,7 @@ from curation.embeddings import Embeddings, open_embeddings, scan
 from curation.kmeans import KMeansConfig, check_clusters, cluster_rows, resolve_precision
 from curation.lloyd import Assignment, Empty, assign_rows
 from curation.seeding import Init
+from curation.splitting import split
 
 Strategy = Literal["c", "r"]
 Report = Callable[[str, int, int], None]
@@ -45,6 +46,8 @@ class HierarchyConfig:
       strategy: "c" samples the members closest to their centroid, "r" random ones.
       kmeans: of every single clustering. The reference iterates 50 times, keeps centroids without
         members, and starts once.
+      splits: into how many clusters each cluster of a level is then divided on its own, for levels
+        too large for one k-means; likewise. Such a level is not resampled.
     """
 
     clusters: tuple[int, ...] = (1000, 100, 10)
@@ -52,6 +55,7 @@ class HierarchyConfig:
     sample_sizes: int | tuple[int, ...] | None = None
     strategy: Strategy = "c"
     kmeans: KMeansConfig = REFERENCE
+    splits: int | tuple[int, ...] = 1
 
     def __post_init__(self) -> None:
         if not self.clusters:
@@ -65,7 +69,7 @@ class HierarchyConfig:
                 raise UserError(
                     f"each level needs fewer clusters than the one below, not {above} above {below}"
                 )
-        for name in ("resampling_steps", "sample_sizes"):
+        for name in ("resampling_steps", "sample_sizes", "splits"):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != len(self.clusters):
                 raise UserError(
@@ -75,14 +79,21 @@ class HierarchyConfig:
             numbers = value if isinstance(value, tuple) else (value,)
             if any(number is not None and number < 0 for number in numbers):
                 raise UserError(f"{name} must be 0 or more, not {value}")
+        for level in range(len(self.clusters)):
+            if self.splits_of(level) > 1 and self.steps_of(level):
+                raise UserError(f"level {level + 1} cannot be both split and resampled")
         if self.strategy not in ("c", "r"):
             raise UserError(f"strategy is 'c' (closest) or 'r' (random), not '{self.strategy}'")
 
     def steps_of(self, level: int) -> int:
         """Returns how many times a level, counted from 0, is clustered again."""
         if self.resampling_steps is None:
-            return 9 if level else 0
+            return 9 if level and self.splits_of(level) <= 1 else 0
         return _of(self.resampling_steps, level)
+
+    def splits_of(self, level: int) -> int:
+        """Returns into how many clusters those of a level, counted from 0, are divided."""
+        return _of(self.splits, level)
 
     def sample_of(self, level: int, members: int) -> int:
         """Returns how many members of a cluster are sampled in a level of so many."""
@@ -99,12 +110,13 @@ def hierarchical_kmeans(
     *,
     sample_sizes: int | Sequence[int] | None = None,
     strategy: Strategy = "c",
-    init: Init = "k-means++",
+    init: Init = "auto",
     iterations: int = 50,
     tolerance: float = 0.0,
     restarts: int = 1,
     empty: Empty = "keep",
     precision: Literal["auto", "bfloat16", "float32"] = "auto",
+    splits: int | Sequence[int] = 1,
     normalize: bool = False,
     mesh: Mesh | None = None,
     memory: int | None = None,
@@ -117,7 +129,7 @@ def hierarchical_kmeans(
 
     Args:
       x: embeddings `[N, D]`: see `kmeans`.
-      clusters, resampling_steps, sample_sizes, strategy: see `HierarchyConfig`.
+      clusters, resampling_steps, sample_sizes, strategy, splits: see `HierarchyConfig`.
       seed: of all random choices.
       init, iterations, tolerance, restarts, empty, precision: of every k-means, see `KMeansConfig`.
       normalize: scale rows to unit length first; centroids are what they are.
@@ -136,6 +148,7 @@ def hierarchical_kmeans(
         None if sample_sizes is None else _numbers("sample_sizes", sample_sizes),
         strategy,
         KMeansConfig(init, iterations, tolerance, restarts, empty, precision),
+        _numbers("splits", splits),
     )
     embeddings = open_embeddings(x, normalize=normalize)
     return cluster_levels(
@@ -178,6 +191,8 @@ def _cluster_level(
 ) -> tuple[np.ndarray, Assignment]:
     """Clusters the input of a level, counted from 0, and does so again on samples of it."""
     k, steps = config.clusters[number], config.steps_of(number)
+    if k > rows.data.rows:  # Splitting leaves fewer clusters than were asked for.
+        raise UserError(f"level {number + 1} has {rows.data.rows} rows for {k} clusters")
     size = config.sample_of(number, rows.data.rows)
     if size <= 1:
         steps = 0
@@ -209,6 +224,18 @@ def _cluster_level(
             checkpoints.save(name, step=np.asarray(step), centroids=centroids)
             part.clear()
     assert assignment is not None
+    if (parts := config.splits_of(number)) <= 1:
+        return centroids, assignment
+    if checkpoints and (kept := checkpoints.load(f"{name}_split")) is not None:
+        whole = float(np.sum(kept["distances"], dtype=np.float64))
+        return kept["centroids"], Assignment(kept["labels"], kept["distances"], whole)
+    tell = report and _prefixed(report, f"level {number + 1}: ")
+    centroids, assignment = split(
+        rows, centroids, assignment, parts, (seed, number), config.kmeans, tell
+    )
+    if checkpoints:
+        found = {"labels": assignment.labels, "distances": assignment.distances}
+        checkpoints.save(f"{name}_split", centroids=centroids, **found)
     return centroids, assignment
 
 

@@ -52,8 +52,9 @@ class KMeansConfig:
     """How to find K clusters.
 
     Attributes:
-      init: "k-means++" (greedy, over a sample of rows where there are very many), "k-means||" (the
-        same over candidates drawn from all rows in a few passes) or "random" rows.
+      init: "k-means++" (greedy, over a sample where there are very many rows), "k-means||" (the
+        same over candidates drawn from all rows in a few passes), "random" rows, or "auto":
+        k-means++ up to 2048 clusters, for more k-means|| over that sample.
       iterations: of Lloyd's algorithm, at the most.
       tolerance: stop when centroids move less; as a part of the mean variance of a dimension, as
         scikit-learn has it. 0 stops only when no row changes its cluster.
@@ -64,7 +65,7 @@ class KMeansConfig:
         dimensions and more. Winners and distances are float32's in any case.
     """
 
-    init: Init = "k-means++"
+    init: Init = "auto"
     iterations: int = 50
     tolerance: float = 1e-4
     restarts: int = 1
@@ -73,7 +74,7 @@ class KMeansConfig:
 
     def __post_init__(self) -> None:
         for name, choices in (
-            ("init", ("k-means++", "k-means||", "random")),
+            ("init", ("auto", "k-means++", "k-means||", "random")),
             ("empty", ("repair", "keep")),
             ("precision", ("auto", "bfloat16", "float32")),
         ):
@@ -91,7 +92,7 @@ def kmeans(
     k: int,
     seed: int = 0,
     *,
-    init: Init | np.ndarray = "k-means++",
+    init: Init | np.ndarray = "auto",
     iterations: int = 50,
     tolerance: float = 1e-4,
     restarts: int = 1,
@@ -225,6 +226,11 @@ def _seeds(
     """Returns centroids to start from, `[K, D]`, the same in every process."""
     if checkpoints and (kept := checkpoints.load("seeds")) is not None:
         return kept["seeds"]
+    if init == "auto" and k > seeding.MOST_STEPS:
+        init = "k-means||"
+        sample = seeding.sample_rows(rows.data.rows, k, seed)
+        if len(sample) < rows.data.rows:
+            rows = DeviceRows(rows.data.subset(sample), rows.mesh, memory=rows.memory)
     if init == "random":
         found = seeding.random_seeds(rows.data, k, seed)
     elif init == "k-means||":

@@ -85,7 +85,8 @@ def lloyd(
       centroids: where to start, `[K, D]`.
       config: how to iterate.
       checkpoints: where centroids are kept between iterations.
-      report: called with "iteration", iterations done and all of them.
+      report: called with "iteration", iterations done and all of them; where rows are streamed,
+        also with "rows of an iteration".
     """
     span = np.float32(rows.data.span)
     done, shift = 0, math.inf
@@ -96,7 +97,7 @@ def lloyd(
     converged = shift <= config.tolerance
     while True:
         last = done >= config.iterations or converged
-        whole, inertia = state.assign(here, config.precision, update=not last)
+        whole, inertia = state.assign(here, config.precision, update=not last, report=report)
         if last or whole.changed == 0:
             return Clustering(
                 np.asarray(here), state.finished(inertia), done, converged or not last
@@ -130,7 +131,12 @@ class _State:
         self.distances = np.zeros(rows.data.rows, np.float32)
 
     def assign(
-        self, centroids: jax.Array, precision: Precision, *, update: bool
+        self,
+        centroids: jax.Array,
+        precision: Precision,
+        *,
+        update: bool,
+        report: Report | None = None,
     ) -> tuple[Pass, float]:
         """Passes over all rows; returns what the devices have gathered, and the inertia."""
         rows, blocks, waiting = self._rows, [], None
@@ -150,6 +156,8 @@ class _State:
             )
             if rows.resident:
                 self._kept = assigned.labels
+            if report and not rows.resident:
+                report("rows of an iteration", chunk.first, rows.data.rows)
             if waiting:  # Devices are busy with this chunk while the one before is fetched.
                 blocks.append(self._take(*waiting))
             waiting = chunk, assigned

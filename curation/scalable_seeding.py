@@ -1,6 +1,6 @@
 """k-means|| (Bahmani et al., 2012): seeds from all rows in a few passes.
 
-Each pass draws about K rows at once, with probabilities proportional to their squared distances
+Each pass draws about K / 2 rows at once, with probabilities proportional to their squared distances
 from the candidates so far. Greedy k-means++ then chooses among the candidates, each of which counts
 as many times as there are rows nearest to it.
 """
@@ -38,14 +38,15 @@ def scalable_seeds(
       report: called with "candidates", passes done and all passes, then with "seeding".
     """
     rng = np.random.default_rng([*seed, 2])
+    each = -(-k // 2)
     chosen = rng.integers(rows.data.rows, size=1)
     found = assign_rows(rows, _padded(rows, chosen, 1), precision)
     nearest, distances = found.labels, found.distances
     for number in range(ROUNDS):
-        drawn = _draw(distances, k, rng)
+        drawn = _draw(distances, each, rng)
         if not len(drawn):
             break  # Every row is a candidate or equal to one.
-        found = assign_rows(rows, _padded(rows, drawn, 2 * k), precision)
+        found = assign_rows(rows, _padded(rows, drawn, _most(each)), precision)
         nearer = found.distances < distances
         nearest = np.where(nearer, found.labels + len(chosen), nearest)
         distances = np.where(nearer, found.distances, distances)
@@ -62,20 +63,24 @@ def scalable_seeds(
     return candidates[greedy_plus_plus(candidates, k, seed, weights, report=report)]
 
 
-def _draw(distances: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
-    """Draws about K different rows, at most 2 K, by their distances; ascending."""
+def _draw(distances: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Draws about so many different rows, or a little more, by their distances; ascending."""
     whole = float(np.sum(distances, dtype=np.float64))
     if whole <= 0:
         return np.zeros(0, np.int64)
     drawn = []
     for start in range(0, len(distances), _CHUNK):
         part = distances[start : start + _CHUNK]
-        here = rng.random(len(part), np.float32) < part * (k / whole)
+        here = rng.random(len(part), np.float32) < part * (count / whole)
         drawn.append(start + np.flatnonzero(here))
     rows = np.concatenate(drawn)
-    if len(rows) > 2 * k:
-        rows = np.sort(rng.choice(rows, 2 * k, replace=False))
+    if len(rows) > _most(count):
+        rows = np.sort(rng.choice(rows, _most(count), replace=False))
     return rows
+
+
+def _most(count: int) -> int:
+    return count + count // 8 + 8
 
 
 def _padded(rows: DeviceRows, chosen: np.ndarray, size: int) -> np.ndarray:

@@ -23,10 +23,12 @@ from curation.embeddings import Centred
 
 log = logging.getLogger(__name__)
 
-Init = Literal["k-means++", "k-means||", "random"]
+Init = Literal["auto", "k-means++", "k-means||", "random"]
 # Rows that seeds are drawn from: all, or at least so many, and so many for each seed.
 SAMPLE_ROWS = 65_536
 SAMPLE_ROWS_PER_SEED = 20
+# More seeds than these are chosen in a few passes rather than one after the other.
+MOST_STEPS = 2048
 _BLOCK = 1024
 _STEPS = 256  # between two looks at the time
 # A row nearer than this part of its squared norm is taken for the seed itself: the error of a
