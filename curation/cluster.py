@@ -70,8 +70,8 @@ EMPTY: Any = flags.DEFINE_enum(
 NORMALIZE = flags.DEFINE_bool("normalize", False, "scale rows to unit length", **_own)
 SUBSET = flags.DEFINE_string("subset", None, "a .npy file of row numbers: only these", **_own)
 PRECISION: Any = flags.DEFINE_enum(
-    "precision", "auto", ["auto", "bfloat16", "float32"], "of the first search for a row's centroid;"
-    " winners are float32's in any case", **_own,
+    "precision", "auto", ["auto", "bfloat16", "float32"], "of the first search for a row's "
+    "centroid; winners are float32's in any case", **_own,
 )  # fmt: skip
 MEMORY = flags.DEFINE_float(
     "memory", 1.0, "GB of rows that a device may hold; more are read anew in each iteration", **_own
@@ -80,6 +80,9 @@ REFERENCE_CONFIG = flags.DEFINE_string(
     "reference_config", None, "a config.yaml of ssl-data-curation, instead of the flags for levels",
     **_own,
 )  # fmt: skip
+CHECKPOINT_SECONDS = flags.DEFINE_float(
+    "checkpoint_seconds", 60.0, "between two states of a clustering on disk", **_own
+)
 SEED = flags.DEFINE_integer("seed", 0, "of all random choices", **_own)
 COLUMN = flags.DEFINE_string("column", "embedding", "of Parquet files", **_own)
 
@@ -104,6 +107,7 @@ def _main(run: Run) -> None:
             SEED.value,
             memory=int(MEMORY.value * 1e9),
             checkpoints=folder / CHECKPOINTS,
+            checkpoint_seconds=CHECKPOINT_SECONDS.value,
             report=report,
         )
     if jax.process_index() == 0:
@@ -229,7 +233,7 @@ def _write_report(folder: Path, found: Hierarchy, seconds: float) -> None:
     write_report(
         folder / "report",
         "Clusters",
-        f"{found.num_points} rows in {seconds:.0f} s",
+        text=f"{found.num_points} rows in {seconds:.0f} s",
         tables=[Table("Levels", columns, rows)],
         figures=[sizes_figure(found)],
     )

@@ -49,17 +49,21 @@ class DeviceRows:
       resident: whether all rows are one chunk that stays on the devices.
     """
 
-    def __init__(self, data: Centred, mesh: Mesh, *, memory: int | None = None):
+    def __init__(
+        self, data: Centred, mesh: Mesh, *, memory: int | None = None, block: int | None = None
+    ):
         """Lays rows out.
 
         Args:
           data: the embeddings.
           mesh: rows are divided over all its axes.
           memory: bytes of rows that a device may hold; None for a gigabyte.
+          block: rows computed at a time; None for what suits their number. Results are the same on
+            any mesh only if it is the same.
         """
         self.data, self.mesh, self.memory = data, mesh, memory
         self.shards = mesh.size
-        self.block = min(BLOCK, 1 << max(3, (data.rows - 1).bit_length()))
+        self.block = block or block_for(data.rows)
         blocks = -(-data.rows // (self.block * self.shards))
         row_bytes = 4 * data.width
         most = _RESIDENT_BYTES if memory is None else memory
@@ -116,6 +120,11 @@ class DeviceRows:
 
         shape = (self.chunk_rows, self.data.width)
         return Chunk(first, valid, jax.make_array_from_callback(shape, self._sharding, shard))
+
+
+def block_for(rows: int) -> int:
+    """Returns how many rows to compute at a time, of so many."""
+    return min(BLOCK, 1 << max(3, (rows - 1).bit_length()))
 
 
 def rounded_blocks(blocks: int) -> int:

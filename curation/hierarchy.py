@@ -164,14 +164,19 @@ def cluster_levels(
     mesh: Mesh | None = None,
     memory: int | None = None,
     checkpoints: str | Path | None = None,
+    checkpoint_seconds: float | None = None,
     report: Report | None = None,
 ) -> Hierarchy:
-    """As `hierarchical_kmeans`, for a configuration."""
+    """As `hierarchical_kmeans`, for a configuration; states are kept every so many seconds."""
     check_clusters(config.clusters[0], embeddings, seed)
     mesh = mesh or make_mesh()
     data = scan(embeddings)
     settings = {"data": data.settings, "seed": seed} | dataclasses.asdict(config)
-    kept = None if checkpoints is None else Checkpoints(Path(checkpoints), settings)
+    kept = (
+        None
+        if checkpoints is None
+        else Checkpoints(Path(checkpoints), settings, seconds=checkpoint_seconds)
+    )
     levels: list[Level] = []
     for number in range(len(config.clusters)):
         rows = DeviceRows(data, mesh, memory=memory)

@@ -5,11 +5,12 @@ is nearest across the borders of the first step is not looked for.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import numpy as np
 
-from curation.device_rows import DeviceRows
+from curation.device_rows import DeviceRows, block_for
 from curation.kmeans import KMeansConfig, cluster_rows
 from curation.lloyd import Assignment
 
@@ -42,16 +43,17 @@ def split(
     """
     order = np.argsort(assignment.labels, kind="stable")
     edges = np.searchsorted(assignment.labels[order], np.arange(len(centroids) + 1))
+    block = block_for(int(np.diff(edges).max()))  # Clusters of any size share a program.
     config = dataclasses.replace(config, init="k-means++")
     labels = np.zeros(rows.data.rows, np.int32)
     distances = np.zeros(rows.data.rows, np.float32)
     found: list[np.ndarray] = []
     count = 0
-    for cluster, (start, stop) in enumerate(zip(edges, edges[1:])):
+    for cluster, (start, stop) in enumerate(itertools.pairwise(edges)):
         members = order[start:stop]
         if not len(members):
             continue
-        here = DeviceRows(rows.data.subset(members), rows.mesh, memory=rows.memory)
+        here = DeviceRows(rows.data.subset(members), rows.mesh, memory=rows.memory, block=block)
         one = cluster_rows(here, min(parts, len(members)), (*seed, cluster), config)
         used, inside = np.unique(one.labels, return_inverse=True)
         found.append(one.centroids[used])
