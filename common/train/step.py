@@ -51,10 +51,9 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         loss, grads, rest = gradients(state, batch, key)
         weight = jnp.where(loss.weight == 0, 1.0, loss.weight)
-        grads = jax.tree.map(lambda g: g / weight, grads)
-        mean, grad_norm = loss.total / weight, optax.tree.norm(grads)
+        mean, grad_norm = loss.total / weight, optax.tree.norm(grads) / weight
         finite = jnp.isfinite(mean) & jnp.isfinite(grad_norm)
-        new = _updated(parts, optimizer, state, grads, rest, finite)
+        new = _updated(parts, optimizer, state, grads, weight, rest, finite)
         metrics = {
             "loss": mean,
             "grad_norm": grad_norm,
@@ -99,19 +98,28 @@ def _updated(
     optimizer: optax.GradientTransformation,
     state: TrainState,
     grads: PureDict,
+    weight: jax.Array,
     rest: PureDict,
     finite: jax.Array,
 ) -> TrainState:
-    """Returns the state after an update, or, where it is not finite, without it."""
-    trained, frozen = parts.split_trained(state.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-    params = parts.join(optax.apply_updates(trained, updates), frozen)
-    params, extra = parts.task.after_update(params, state.extra, state.step + 1)
-    params, opt_state, rest, extra = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old),
-        (params, opt_state, rest, extra),
-        (state.params, state.opt_state, state.rest, state.extra),
-    )
+    """Returns the state after an update, or, where it is not finite, without it.
+
+    A branch, and no choice between old and new values: that would copy most of the state before it
+    is written. The gradients, summed, are divided by the weight in here.
+    """
+
+    def update() -> tuple[PureDict, Any, PureDict, Any]:
+        trained, frozen = parts.split_trained(state.params)
+        mean = jax.tree.map(lambda g: g / weight, grads)
+        updates, opt_state = optimizer.update(mean, state.opt_state, trained)
+        params = parts.join(optax.apply_updates(trained, updates), frozen)
+        params, extra = parts.task.after_update(params, state.extra, state.step + 1)
+        return params, opt_state, rest, extra
+
+    def keep() -> tuple[PureDict, Any, PureDict, Any]:
+        return state.params, state.opt_state, state.rest, state.extra
+
+    params, opt_state, rest, extra = jax.lax.cond(finite, update, keep)
     return TrainState(
         step=state.step + 1,
         params=params,
