@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "data.threads",
     "data.prefetch",
     "data.cache_megabytes",
+    "data.images.error_budget",
     "train.mesh",
     "train.steps",
     "train.log_every",
