@@ -326,7 +326,7 @@ def _paper(
             log_every=10,
             checkpoint_every=NOMINAL_EPOCH,
             optimizer=optimizer,
-            mesh=MeshConfig(data=1, fsdp=-1, most_fsdp=16),
+            mesh=MeshConfig(data=1, fsdp=-1, most_fsdp=8),
         ),
     )
 
