@@ -64,15 +64,9 @@ class DeviceRows:
         self.data, self.mesh, self.memory = data, mesh, memory
         self.shards = mesh.size
         self.block = block or block_for(data.rows)
-        blocks = -(-data.rows // (self.block * self.shards))
-        row_bytes = 4 * data.width
-        most = _RESIDENT_BYTES if memory is None else memory
-        self.resident = blocks * self.block * row_bytes <= most
-        if not self.resident:
-            # Three chunks are there at a time: computed, waiting, and read.
-            chunk = min(_CHUNK_BYTES, most // 3) // (self.block * row_bytes)
-            blocks = min(blocks, max(1, chunk))
-        self.shard_rows = self.block * (rounded_blocks(blocks) if self.resident else blocks)
+        self.shard_rows, self.resident = shard_rows(
+            data.rows, data.width, self.shards, memory=memory, block=self.block
+        )
         self._sharding = NamedSharding(mesh, PartitionSpec(MESH_AXES))
         self._kept: Chunk | None = None
 
@@ -120,6 +114,19 @@ class DeviceRows:
 
         shape = (self.chunk_rows, self.data.width)
         return Chunk(first, valid, jax.make_array_from_callback(shape, self._sharding, shard))
+
+
+def shard_rows(
+    rows: int, width: int, shards: int, *, memory: int | None, block: int
+) -> tuple[int, bool]:
+    """Returns how many rows of a chunk one device has, and whether one chunk is all there is."""
+    blocks = -(-rows // (block * shards))
+    most = _RESIDENT_BYTES if memory is None else memory
+    block_bytes = 4 * width * block
+    if blocks * block_bytes <= most:
+        return block * rounded_blocks(blocks), True
+    # Three chunks are there at a time: computed, waiting, and read.
+    return block * max(1, min(_CHUNK_BYTES, most // 3) // block_bytes), False
 
 
 def block_for(rows: int) -> int:

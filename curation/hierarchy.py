@@ -64,11 +64,6 @@ class HierarchyConfig:
             raise UserError(
                 f"the number of clusters must be a whole number from 1, not {min(self.clusters)}"
             )
-        for below, above in zip(self.clusters, self.clusters[1:]):
-            if above >= below:
-                raise UserError(
-                    f"each level needs fewer clusters than the one below, not {above} above {below}"
-                )
         for name in ("resampling_steps", "sample_sizes", "splits"):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != len(self.clusters):
@@ -82,6 +77,12 @@ class HierarchyConfig:
         for level in range(len(self.clusters)):
             if self.splits_of(level) > 1 and self.steps_of(level):
                 raise UserError(f"level {level + 1} cannot be both split and resampled")
+        for level, above in enumerate(self.clusters[1:]):
+            below = self.clusters[level] * max(1, self.splits_of(level))
+            if above >= below:
+                raise UserError(
+                    f"each level needs fewer clusters than the one below, not {above} above {below}"
+                )
         if self.strategy not in ("c", "r"):
             raise UserError(f"strategy is 'c' (closest) or 'r' (random), not '{self.strategy}'")
 
