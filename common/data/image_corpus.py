@@ -20,12 +20,13 @@ from common.data.record_sources import tfds_folder
 from common.data.sources import selected
 from common.errors import UserError, nearest
 
-BUILT_IN = ("shapes", "glyphs", "animals", "digits", "faces")
+BUILT_IN = ("shapes", "glyphs", "animals", "digits", "faces", "small-digits")
 KINDS = ("folder", "arrays", "array_record", "tfds", *BUILT_IN)
 _ASSETS = {
     "animals": image_assets.animals,
     "digits": image_assets.digits,
     "faces": image_assets.faces,
+    "small-digits": image_assets.small_digits,
 }
 
 
@@ -37,7 +38,7 @@ class ImageConfig:
         kind: "folder" (of image files), "arrays" (.npz or .npy), "array_record" (of encoded
             images, see `ImageRecords`), "tfds" (prepared), or a set that comes with packages:
             "shapes" or "glyphs" (see `common.data.image_sets`), and with packages that not every
-            machine has, "animals", "digits" or "faces" (see `common.data.image_assets`).
+            machine has, "animals", "digits", "small-digits" or "faces" (`common.data.image_assets`).
         path: A folder or file; for array_record also a glob pattern, for tfds the folder of the
             prepared version. Sets that come with packages have none.
         classes: For a folder: "auto", "folders" or "none", see `ImageFolder`.
