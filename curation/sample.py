@@ -17,7 +17,7 @@ from curation.balance import (
     largest_share,
 )
 from curation.clusters import Hierarchy
-from curation.hierarchy_files import load
+from curation.hierarchy_files import is_hierarchy, load
 from curation.inputs import open_labels, open_row_numbers, open_rows, shown_rows
 from curation.outputs import prepare_output, write_outputs
 from curation.page import sampled_groups, write_page
@@ -98,7 +98,9 @@ def _main(run: Run) -> None:
         "divergence_from_uniform": [divergence_from_uniform(b.after) for b in balances],
     }
     write_outputs(folder, {SELECTED: np.sort(subset[picked])}, SETTINGS, settings)
-    page = _report(folder / "report", hierarchy, picked, balances, labels, embeddings, subset, show)
+    # Beside the clusters there is their own report.
+    report = folder / ("selection" if is_hierarchy(folder) else "report")
+    page = _report(report, hierarchy, picked, balances, labels, embeddings, subset, show)
     if len(picked) < SIZE.value:
         print(f"all {len(picked):,} points there are (asked for {SIZE.value:,})")
     top = balances[-1]

@@ -38,7 +38,8 @@ class ImageConfig:
         kind: "folder" (of image files), "arrays" (.npz or .npy), "array_record" (of encoded
             images, see `ImageRecords`), "tfds" (prepared), or a set that comes with packages:
             "shapes" or "glyphs" (see `common.data.image_sets`), and with packages that not every
-            machine has, "animals", "digits", "small-digits" or "faces" (`common.data.image_assets`).
+            machine has, "animals", "digits", "small-digits" or "faces" (see
+            `common.data.image_assets`).
         path: A folder or file; for array_record also a glob pattern, for tfds the folder of the
             prepared version. Sets that come with packages have none.
         classes: For a folder: "auto", "folders" or "none", see `ImageFolder`.

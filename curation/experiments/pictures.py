@@ -25,6 +25,7 @@ DIGITS, LETTERS = "small-digits", "letters"
 RANDOM, FLAT, TWO, RESAMPLED = "random sample", "flat", "two levels", "two levels, resampled"
 NAMES = (RANDOM, FLAT, TWO, RESAMPLED)
 _SIDE = 8  # pixels
+_LETTERS = 26
 _PENALTY = 1.0  # of the classifier's weights
 
 
@@ -100,17 +101,16 @@ def _images(kind: str, config: PicturesConfig) -> tuple[np.ndarray, np.ndarray]:
     """Pictures of 8 × 8 pixels, float32 [N, 64], and their labels [N], of the first classes."""
     if kind == DIGITS:
         source = small_digits()
+        assert source.labels is not None
         images = np.stack([source[n][..., 0] for n in range(len(source))])
-        pixels, labels = images.reshape(len(images), -1).astype(np.float32) / 255, source.labels
-        assert labels is not None
-    else:
-        # Classes come in turn: enough images for the largest class and the test.
-        letters = Glyphs(28, len(Glyphs.classes) * (config.largest + config.held_out))
-        labels = letters.labels
-        wanted = np.flatnonzero(labels < config.classes)
-        pixels, labels = np.stack([cut_out(letters.draw(n)[1]) for n in wanted]), labels[wanted]
-    wanted = labels < config.classes
-    return pixels[wanted], labels[wanted]
+        wanted = source.labels < config.classes
+        pixels = images.reshape(len(images), -1).astype(np.float32) / 255
+        return pixels[wanted], source.labels[wanted]
+    # Classes come in turn: enough images for the largest class and the test.
+    letters = Glyphs(28, _LETTERS * (config.largest + config.held_out))
+    assert letters.labels is not None
+    chosen = np.flatnonzero(letters.labels < config.classes)
+    return np.stack([cut_out(letters.draw(n)[1]) for n in chosen]), letters.labels[chosen]
 
 
 def _kind(kind: str) -> str:
