@@ -105,7 +105,7 @@ class DocumentsConfig:
     smallest: int = 5
     width: int = 24
     size: int = 60
-    clusters: tuple[int, int] = (100, 30)
+    clusters: tuple[int, int] = (140, 60)
 
 
 @dataclasses.dataclass(frozen=True)
