@@ -120,28 +120,24 @@ class MultiCropRows(Rows):
     """Images as rows of training batches, other views and masks in every epoch.
 
     Args:
-        source: The images.
-        config: Views, masks, and how many images may be damaged.
+        images: The images.
+        config: Views and masks.
         patch_size: Side of a patch in pixels.
         seed: Decides views and masks.
         batch: Images of a global batch.
-
-    Attributes:
-        images: `source` with its damaged images counted.
     """
 
     def __init__(
-        self, source: ImageSource, config: DataConfig, *, patch_size: int, seed: int, batch: int
+        self, images: HealthyImages, config: DataConfig, *, patch_size: int, seed: int, batch: int
     ):
-        cache = config.cache_megabytes << 20
-        self.images = HealthyImages(source, config.images.error_budget, cache)
+        self._images = images
         self._crop = MultiCrop(config.crops)
         self._masks = group_masks(config, patch_size, batch)
         self._seed = seed % 2**63  # NumPy takes no negative ones.
         self._pool = ThreadPoolExecutor(config.threads or os.cpu_count() or 1, "crops")
 
     def __len__(self) -> int:
-        return len(self.images.source)
+        return len(self._images.source)
 
     def __getitem__(self, index: int) -> Batch:
         """The views of image `index` in the first place of a run; no masks, which groups have."""
@@ -154,7 +150,7 @@ class MultiCropRows(Rows):
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]} | masks
 
     def _views(self, index: int, place: int) -> Batch:
-        image, _ = self.images.read(index)
+        image, _ = self._images.read(index)
         return self._crop(np.random.default_rng([self._seed, _CROP_STREAM, place]), image)
 
     def _group_rows(self, start: int, local_rows: np.ndarray) -> Batch:
@@ -167,6 +163,13 @@ class MultiCropRows(Rows):
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
+def training_images(config: DataConfig, source: ImageSource | None = None) -> HealthyImages:
+    """The images of a run (`source`, if they are open already), its damaged ones counted."""
+    if source is None:
+        source = open_images(config.images)
+    return HealthyImages(source, config.images.error_budget, config.cache_megabytes << 20)
+
+
 def training_batches(
     config: DataConfig,
     *,
@@ -174,7 +177,7 @@ def training_batches(
     batch: int,
     seed: int,
     local_rows: np.ndarray | None = None,
-    source: ImageSource | None = None,
+    source: ImageSource | HealthyImages | None = None,
 ) -> BatchIterator:
     """Batches without end, as this module's beginning describes them, for the Trainer.
 
@@ -189,9 +192,8 @@ def training_batches(
     Raises:
         UserError: Images are missing, or crops, groups, batch and processes do not fit.
     """
-    if source is None:
-        source = open_images(config.images)
-    rows = MultiCropRows(source, config, patch_size=patch_size, seed=seed, batch=batch)
+    images = source if isinstance(source, HealthyImages) else training_images(config, source)
+    rows = MultiCropRows(images, config, patch_size=patch_size, seed=seed, batch=batch)
     return batches(
         rows, global_batch=batch, seed=seed, local_rows=local_rows, prefetch=config.prefetch
     )

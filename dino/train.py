@@ -8,14 +8,13 @@ from typing import Any, TypeVar
 
 import jax
 
-from common.data.image_corpus import open_images
-from common.data.image_sources import ImageSource
+from common.data.image_sources import HealthyImages
 from common.errors import UserError
 from common.launch import Figure, Run, RunFolder, Table, launch, line_from_metrics, write_report
 from common.launch.workdir import write_atomically
 from common.sharding import check_same, local_rows, make_mesh
 from common.train import Task, Trainer, TrainResult, check_config, read_metrics
-from dino.data import training_batches
+from dino.data import training_batches, training_images
 from dino.presets import PRESETS, Config, mask_group, training
 from dino.starting import resolve
 from dino.task import Pretraining
@@ -76,12 +75,12 @@ def train(
         config.model, config.checkpoint, Path(workdir), mesh, resample=config.resample_positions
     )
     config = dataclasses.replace(config, model=model)
-    images = open_images(config.data.images)
+    images = training_images(config.data)
     folder = RunFolder(workdir)
     resumed = folder.open(config, MAY_CHANGE)
     try:
         task = make_task(config) if task_of is None else task_of(config, mesh)
-        check_same("images", images.fingerprint())
+        check_same("images", images.source.fingerprint())
         batches = training_batches(
             config.data,
             patch_size=model.backbone.patch_size,
@@ -111,7 +110,7 @@ def train(
     return result
 
 
-def _report(config: Config, images: ImageSource, folder: RunFolder, result: TrainResult) -> None:
+def _report(config: Config, images: HealthyImages, folder: RunFolder, result: TrainResult) -> None:
     """Writes curves and the table of results, and prints the headline."""
     lines = read_metrics(folder.path)
     losses = Figure(
@@ -134,8 +133,15 @@ def _report(config: Config, images: ImageSource, folder: RunFolder, result: Trai
         caption="The mean's is that of all prototypes together: near 0, the run has collapsed.",
     )
     last = result.metrics
+    text = (
+        "Settings in ../config.json. `dino.load` of this folder gives the teacher's backbone; "
+        "`python -m dino.evaluate` measures its features."
+    )
+    if images.damaged:
+        named = "\n".join(f"- {message}" for message in images.damaged.values())
+        text += f"\n\n{len(images.damaged)} damaged images were replaced by others:\n\n{named}"
     rows = [
-        ("images", f"{len(images):,}"),
+        ("images", f"{len(images.source):,}"),
         ("steps", f"{result.step:,}"),
         ("images seen", f"{result.step * config.train.batch_size:,}"),
         *((name, _figure(last, name)) for name in ("loss", *LOSSES, "target_entropy")),
@@ -144,8 +150,7 @@ def _report(config: Config, images: ImageSource, folder: RunFolder, result: Trai
     write_report(
         folder.report,
         "DINOv2 training run",
-        text="Settings in ../config.json. `dino.load` of this folder gives the teacher's backbone; "
-        "`python -m dino.evaluate` measures its features.",
+        text=text,
         tables=[Table("Result", ("measure", "value"), rows)],
         figures=[losses, entropies],
     )
