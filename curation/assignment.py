@@ -1,7 +1,7 @@
 """One pass of k-means over rows on devices: the nearest centroid of each, and sums by cluster.
 
 Compiled once for a chunk's shape; the sums of a pass grow from chunk to chunk, apart on each
-device, and meet in `totals`.
+device, and meet in `totals`. Distances are `measure`d where they are wanted, which is seldom.
 """
 
 import functools
@@ -12,7 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from common.kernels.nearest_centroid.reranked import nearest_float32, nearest_reranked
+from common.kernels.nearest_centroid.reranked import (
+    nearest_float32,
+    nearest_reranked,
+    squared_distance,
+)
 from common.sharding import MESH_AXES
 from curation import exact_sums
 from curation.exact_sums import Sums
@@ -35,20 +39,6 @@ class Pass(NamedTuple):
     sums: Sums
     counts: jax.Array
     changed: jax.Array
-
-
-class Assigned(NamedTuple):
-    """What a pass says of a chunk's rows.
-
-    Attributes:
-      labels: nearest centroid int32 `[R]`.
-      distances: squared, to it, float32 `[R]`.
-      blocks: sums of the distances of each block.
-    """
-
-    labels: jax.Array
-    distances: jax.Array
-    blocks: jax.Array
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -79,14 +69,14 @@ def assign(
     block: int,
     precision: Precision,
     update: bool = True,
-) -> tuple[Pass, Assigned]:
-    """Assigns a chunk's rows.
+) -> tuple[Pass, jax.Array]:
+    """Assigns a chunk's rows: returns the nearest centroid of each too, int32 `[R]`.
 
     Args:
       so_far: the pass over the chunks before.
       x: rows `[R, D]`, divided over all axes of the mesh.
       previous: labels that they had `[R]`.
-      valid: how many of the rows there are; behind them, labels are K and distances zero.
+      valid: how many of the rows there are; behind them, labels are K.
       centroids: `[K, D]`, of float32.
       span: of the data.
       mesh, block: where, and rows at a time.
@@ -101,6 +91,26 @@ def assign(
         out_specs=(_ROWS, _ROWS),
         check_vma=False,
     )(so_far, x, previous, valid, centroids, span)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "block"))
+def measure(
+    x: jax.Array, labels: jax.Array, centroids: jax.Array, *, mesh: Mesh, block: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the squared distances of rows to their centroids, and the sums of each block of them.
+
+    Args:
+      x, labels: rows `[R, D]` and who they belong to `[R]`; those with a label of K have none.
+      centroids: `[K, D]`, of float32.
+      mesh, block: as for `assign`.
+    """
+    return jax.shard_map(
+        functools.partial(_measure_shard, block=block),
+        mesh=mesh,
+        in_specs=(_ROWS, _ROWS, _ALL),
+        out_specs=(_ROWS, _ROWS),
+        check_vma=False,
+    )(x, labels, centroids)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -143,35 +153,38 @@ def _assign_shard(so_far, x, previous, valid, centroids, span, *, block, search,
     sums, counts, changed = jax.tree.map(lambda part: part[0], so_far)
 
     def one_block(b, carry):
-        labels, distances, totals, sums, counts, changed = carry
+        labels, sums, counts, changed = carry
         part = lax.dynamic_slice_in_dim(x, b * block, block)
         there = b * block + jnp.arange(block) < valid
-        label, distance = search(part, centroids)
-        label = jnp.where(there, label, clusters)
-        distance = jnp.where(there, distance, 0.0)
+        label = jnp.where(there, search(part, centroids)[0], clusters)
         before = lax.dynamic_slice_in_dim(previous, b * block, block)
         changed += jnp.sum(there & (label != before), dtype=jnp.int32)
         labels = lax.dynamic_update_slice_in_dim(labels, label, b * block, axis=0)
-        distances = lax.dynamic_update_slice_in_dim(distances, distance, b * block, axis=0)
-        totals = totals.at[b].set(jnp.sum(distance))
         if update:
             sums = exact_sums.add_rows(sums, part, label, span)
             counts = counts.at[label].add(1, mode="drop")
-        return labels, distances, totals, sums, counts, changed
+        return labels, sums, counts, changed
 
     def group(g, carry):
         last = jnp.minimum((g + 1) * in_group, blocks)
-        *rest, sums, counts, changed = lax.fori_loop(g * in_group, last, one_block, carry)
-        return *rest, exact_sums.carry(sums) if update else sums, counts, changed
+        labels, sums, counts, changed = lax.fori_loop(g * in_group, last, one_block, carry)
+        return labels, exact_sums.carry(sums) if update else sums, counts, changed
 
-    empty = (
-        jnp.full((rows,), clusters, jnp.int32),
-        jnp.zeros((rows,), jnp.float32),
-        jnp.zeros((rows // block,), jnp.float32),
-    )
+    none = jnp.full((rows,), clusters, jnp.int32)
     groups = (blocks + in_group - 1) // in_group
-    labels, distances, totals, sums, counts, changed = lax.fori_loop(
-        0, groups, group, (*empty, sums, counts, changed)
-    )
-    so_far = jax.tree.map(lambda part: part[None], Pass(sums, counts, changed))
-    return so_far, Assigned(labels, distances, totals)
+    labels, sums, counts, changed = lax.fori_loop(0, groups, group, (none, sums, counts, changed))
+    return jax.tree.map(lambda part: part[None], Pass(sums, counts, changed)), labels
+
+
+def _measure_shard(x, labels, centroids, *, block):
+    """One device's part, a block at a time: its sums do not depend on the other blocks."""
+
+    def one_block(part):
+        rows, label = part
+        apart = squared_distance(rows, centroids, jnp.minimum(label, len(centroids) - 1))
+        apart = jnp.where(label < len(centroids), apart, 0.0)
+        return apart, jnp.sum(apart)
+
+    blocks = x.reshape(-1, block, x.shape[1]), labels.reshape(-1, block)
+    distances, sums = lax.map(one_block, blocks)
+    return distances.reshape(-1), sums

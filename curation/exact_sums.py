@@ -5,7 +5,8 @@ add up without rounding: over any devices, processes and chunks. The span is a p
 float32 numbers down to 2^-15 of it lie on the grid to their last bit.
 
 A sum is four int32 digits to the base 2^13: accelerators have no 64-bit integers of their own. The
-three low ones lie in [0, 2^13) once `carry` has run; the highest has the sign.
+three low ones lie in [0, 2^13) once `carry` has run; the highest has the sign. Each is an array of
+its own: one with a dimension of digits takes a CPU ten times as long to add to.
 """
 
 import math
@@ -25,11 +26,11 @@ class Sums(NamedTuple):
     """Sums of rows `[D]` for each of K clusters; leading dimensions are parts of a whole.
 
     Attributes:
-      low: The three low digits, lowest first, int32 `[..., K, 3, D]`.
+      low: The three low digits, lowest first, each int32 `[..., K, D]`.
       high: The highest digit, int32 `[..., K, D]`.
     """
 
-    low: jax.Array
+    low: tuple[jax.Array, ...]
     high: jax.Array
 
 
@@ -41,10 +42,8 @@ def span_of(largest: float) -> float:
 
 def zeros(clusters: int, width: int, parts: tuple[int, ...] = ()) -> Sums:
     """Returns sums of nothing."""
-    return Sums(
-        jnp.zeros((*parts, clusters, _LOW, width), jnp.int32),
-        jnp.zeros((*parts, clusters, width), jnp.int32),
-    )
+    low = tuple(jnp.zeros((*parts, clusters, width), jnp.int32) for _ in range(_LOW))
+    return Sums(low, jnp.zeros((*parts, clusters, width), jnp.int32))
 
 
 def add_rows(sums: Sums, x: jax.Array, labels: jax.Array, span: jax.Array) -> Sums:
@@ -60,22 +59,26 @@ def add_rows(sums: Sums, x: jax.Array, labels: jax.Array, span: jax.Array) -> Su
     whole = jnp.round(steps)
     rest = jnp.round((steps - whole) * _BASE).astype(jnp.int32)
     whole = whole.astype(jnp.int32)
-    digits = jnp.stack([rest, whole & (_BASE - 1), whole >> _BITS], axis=1)  # the last with sign
-    return Sums(sums.low.at[labels].add(digits, mode="drop"), sums.high)
+    digits = rest, whole & (_BASE - 1), whole >> _BITS  # the last with sign
+    low = (
+        digit.at[labels].add(more, mode="drop")
+        for digit, more in zip(sums.low, digits, strict=True)
+    )
+    return Sums(tuple(low), sums.high)
 
 
 def carry(sums: Sums) -> Sums:
     """Brings the low digits into their range; the value stays."""
-    digits = [sums.low[..., i, :] for i in range(_LOW)] + [sums.high]
+    digits = [*sums.low, sums.high]
     for i in range(_LOW):
         digits[i + 1] = digits[i + 1] + (digits[i] >> _BITS)
         digits[i] = digits[i] & (_BASE - 1)
-    return Sums(jnp.stack(digits[:_LOW], axis=-2), digits[_LOW])
+    return Sums(tuple(digits[:_LOW]), digits[_LOW])
 
 
 def total(parts: Sums) -> Sums:
     """Adds up at most 2^16 parts `[P, ...]`."""
-    return carry(Sums(*(jnp.sum(digits, axis=0) for digits in parts)))
+    return carry(jax.tree.map(lambda digits: jnp.sum(digits, axis=0), parts))
 
 
 def means(sums: Sums, counts: jax.Array, span: jax.Array) -> jax.Array:
@@ -87,7 +90,7 @@ def means(sums: Sums, counts: jax.Array, span: jax.Array) -> jax.Array:
         span: As it was for `add_rows`.
     """
     value = sums.high.astype(jnp.float32)
-    for i in reversed(range(_LOW)):
-        value = value * _BASE + sums.low[..., i, :].astype(jnp.float32)
+    for digit in reversed(sums.low):
+        value = value * _BASE + digit.astype(jnp.float32)
     value = value / (_BASE * _BASE) * (span / _BASE)
     return value / jnp.maximum(counts, 1)[:, None].astype(jnp.float32)

@@ -97,13 +97,12 @@ def lloyd(
     converged = shift <= config.tolerance
     while True:
         last = done >= config.iterations or converged
-        whole, inertia = state.assign(here, config.precision, update=not last, report=report)
+        whole = state.assign(here, config.precision, update=not last, report=report)
         if last or whole.changed == 0:
-            return Clustering(
-                np.asarray(here), state.finished(inertia), done, converged or not last
-            )
+            found = state.measured(here)
+            return Clustering(np.asarray(here), found, done, converged or not last)
         if config.empty == "repair":
-            whole = _repair(rows, state, whole, span)
+            whole = _repair(rows, state.measured, here, whole, span)
         here, moved = assignment.move_centroids(whole, here, span)
         done, shift = done + 1, float(moved)
         converged = shift <= config.tolerance
@@ -116,19 +115,21 @@ def lloyd(
 
 def assign_rows(rows: DeviceRows, centroids: np.ndarray, precision: Precision) -> Assignment:
     """Assigns all rows to given centroids `[K, D]` of centred rows."""
-    state = _State(rows, len(centroids))
-    _, inertia = state.assign(_everywhere(rows, centroids), precision, update=False)
-    return state.finished(inertia)
+    state, here = _State(rows, len(centroids)), _everywhere(rows, centroids)
+    state.assign(here, precision, update=False)
+    return state.measured(here)
 
 
 class _State:
-    """Labels and distances of all rows, in every process, from pass to pass."""
+    """Labels of all rows, in every process, from pass to pass; distances where they are asked for.
+
+    Of streamed rows they cost another reading, so that most passes do without.
+    """
 
     def __init__(self, rows: DeviceRows, clusters: int):
         self._rows, self._clusters = rows, clusters
         self._kept: jax.Array | None = None  # the labels of resident rows
         self._labels = np.full(rows.data.rows, clusters, np.int32)
-        self.distances = np.zeros(rows.data.rows, np.float32)
 
     def assign(
         self,
@@ -137,12 +138,12 @@ class _State:
         *,
         update: bool,
         report: Report | None = None,
-    ) -> tuple[Pass, float]:
-        """Passes over all rows; returns what the devices have gathered, and the inertia."""
-        rows, blocks, waiting = self._rows, [], None
+    ) -> Pass:
+        """Passes over all rows; returns what the devices have gathered."""
+        rows, waiting = self._rows, None
         so_far = assignment.start(rows.mesh, self._clusters, rows.data.width)
         for chunk in rows.chunks():
-            so_far, assigned = assignment.assign(
+            so_far, labels = assignment.assign(
                 so_far,
                 chunk.x,
                 self._before(chunk),
@@ -155,21 +156,28 @@ class _State:
                 update=update,
             )
             if rows.resident:
-                self._kept = assigned.labels
+                self._kept = labels
             if report and not rows.resident:
                 report("rows of an iteration", chunk.first, rows.data.rows)
             if waiting:  # Devices are busy with this chunk while the one before is fetched.
-                blocks.append(self._take(*waiting))
-            waiting = chunk, assigned
-        blocks.append(self._take(*waiting))
-        return assignment.totals(rows.mesh, so_far), math.fsum(np.concatenate(blocks).tolist())
+                _take(*waiting, self._labels)
+            waiting = chunk, labels
+        _take(*waiting, self._labels)
+        return assignment.totals(rows.mesh, so_far)
 
-    def finished(self, inertia: float) -> Assignment:
-        return Assignment(self._labels, self.distances, inertia)
-
-    @property
-    def labels(self) -> np.ndarray:
-        return self._labels
+    def measured(self, centroids: jax.Array) -> Assignment:
+        """Passes over all rows for their distances to the centroids they were assigned to."""
+        rows, blocks = self._rows, []
+        distances = np.zeros(rows.data.rows, np.float32)
+        for chunk in rows.chunks():
+            labels = self._before(chunk)
+            apart, sums = assignment.measure(
+                chunk.x, labels, centroids, mesh=rows.mesh, block=rows.block
+            )
+            _take(chunk, apart, distances)
+            blocks.append(fetch(sums))
+        inertia = math.fsum(np.concatenate(blocks).tolist())
+        return Assignment(self._labels, distances, inertia)
 
     def _before(self, chunk: Chunk) -> jax.Array:
         if self._kept is not None:
@@ -178,11 +186,9 @@ class _State:
         labels[: chunk.valid] = self._labels[chunk.first : chunk.first + chunk.valid]
         return self._rows.place_labels(labels)
 
-    def _take(self, chunk: Chunk, assigned: assignment.Assigned) -> np.ndarray:
-        there = slice(chunk.first, chunk.first + chunk.valid)
-        self._labels[there] = fetch(assigned.labels)[: chunk.valid]
-        self.distances[there] = fetch(assigned.distances)[: chunk.valid]
-        return fetch(assigned.blocks)
+
+def _take(chunk: Chunk, of_rows: jax.Array, whole: np.ndarray) -> None:
+    whole[chunk.first : chunk.first + chunk.valid] = fetch(of_rows)[: chunk.valid]
 
 
 def fetch(array: jax.Array) -> np.ndarray:
@@ -200,7 +206,13 @@ def _everywhere(rows: DeviceRows, array: np.ndarray) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def _repair(rows: DeviceRows, state: _State, whole: Pass, span: np.float32) -> Pass:
+def _repair(
+    rows: DeviceRows,
+    measured: Callable[[jax.Array], Assignment],
+    centroids: jax.Array,
+    whole: Pass,
+    span: np.float32,
+) -> Pass:
     """Gives each empty cluster one of the rows farthest from their centroids, the farthest first.
 
     A row that is its cluster's last, or lies on its centroid, stays.
@@ -209,13 +221,13 @@ def _repair(rows: DeviceRows, state: _State, whole: Pass, span: np.float32) -> P
     empty = np.flatnonzero(counts == 0)[:MOST_REPAIRS]
     if not len(empty):
         return whole
-    clusters = len(counts)
+    clusters, found = len(counts), measured(centroids)
     old = np.full(MOST_REPAIRS, clusters, np.int32)
     new = np.full(MOST_REPAIRS, clusters, np.int32)
     moved = []
-    for row in _farthest(state.distances, 2 * len(empty)):
-        label = state.labels[row]
-        if len(moved) == len(empty) or state.distances[row] == 0:
+    for row in _farthest(found.distances, 2 * len(empty)):
+        label = found.labels[row]
+        if len(moved) == len(empty) or found.distances[row] == 0:
             break
         if counts[label] > 1:
             counts[label] -= 1
