@@ -1,5 +1,6 @@
 """Shared test setting: eight virtual CPU devices, a compilation cache, parsed absl flags."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -19,6 +20,18 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 if not flags.FLAGS.is_parsed():
     flags.FLAGS(["pytest"])  # grain reads an absl flag and refuses an unparsed one.
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _drop_programs():
+    """Drops a module's compiled programs when its tests have run.
+
+    Each program keeps half a dozen mappings of memory, and Linux lets a process have
+    65,530 of them: the whole suite in one process runs out, and the compiler then aborts it.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
