@@ -1,7 +1,9 @@
 """One pass of k-means over rows on devices: the nearest centroid of each, and sums by cluster.
 
-Compiled once for a chunk's shape; the sums of a pass grow from chunk to chunk, apart on each
-device, and meet in `totals`. Distances are `measure`d where they are wanted, which is seldom.
+Compiled once for a chunk's shape; what a pass gathers grows from chunk to chunk, apart on each
+device, and meets in `totals`. Sums are exact, so that a pass need only take rows that go to another
+cluster out of the sum of the one before. Distances are `measure`d where they are wanted, which is
+seldom.
 """
 
 import functools
@@ -13,6 +15,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from common.kernels.nearest_centroid.reranked import (
+    marked_first,
     nearest_float32,
     nearest_reranked,
     squared_distance,
@@ -23,17 +26,18 @@ from curation.exact_sums import Sums
 
 Precision = Literal["bfloat16", "float32"]
 _SEARCHES = {"bfloat16": nearest_reranked, "float32": nearest_float32}
+_MOVED = 256  # rows taken into other sums at a time
 _ROWS = PartitionSpec(MESH_AXES)
 _ALL = PartitionSpec()
 
 
 class Pass(NamedTuple):
-    """What a pass has gathered so far; the first dimension is that of the devices.
+    """What passes have gathered so far; the first dimension is that of the devices.
 
     Attributes:
       sums: of the rows of each cluster, on the grid of the data's span.
       counts: rows of each cluster `[P, K]`.
-      changed: rows whose cluster is another than before `[P]`.
+      changed: rows whose cluster is another than in the pass before `[P]`.
     """
 
     sums: Sums
@@ -50,6 +54,11 @@ def start(mesh: Mesh, clusters: int, width: int) -> Pass:
         jnp.zeros((mesh.size,), jnp.int32),
     )
     return lax.with_sharding_constraint(empty, NamedSharding(mesh, _ROWS))
+
+
+def again(so_far: Pass) -> Pass:
+    """Returns where the next pass over the same rows starts."""
+    return so_far._replace(changed=jnp.zeros_like(so_far.changed))
 
 
 @functools.partial(
@@ -73,9 +82,9 @@ def assign(
     """Assigns a chunk's rows: returns the nearest centroid of each too, int32 `[R]`.
 
     Args:
-      so_far: the pass over the chunks before.
+      so_far: of the chunks before, and of the pass before.
       x: rows `[R, D]`, divided over all axes of the mesh.
-      previous: labels that they had `[R]`.
+      previous: labels that they had in the pass before `[R]`, K in the first one.
       valid: how many of the rows there are; behind them, labels are K.
       centroids: `[K, D]`, of float32.
       span: of the data.
@@ -149,7 +158,7 @@ def _assign_shard(so_far, x, previous, valid, centroids, span, *, block, search,
     shard = lax.axis_index(MESH_AXES).astype(jnp.int32)
     valid = jnp.clip(valid - shard * rows, 0, rows)
     blocks = (valid + block - 1) // block
-    in_group = max(1, exact_sums.MOST_ROWS // block)
+    in_group = max(1, exact_sums.MOST_ROWS // (2 * block))  # a row may go and come
     sums, counts, changed = jax.tree.map(lambda part: part[0], so_far)
 
     def one_block(b, carry):
@@ -158,11 +167,13 @@ def _assign_shard(so_far, x, previous, valid, centroids, span, *, block, search,
         there = b * block + jnp.arange(block) < valid
         label = jnp.where(there, search(part, centroids)[0], clusters)
         before = lax.dynamic_slice_in_dim(previous, b * block, block)
-        changed += jnp.sum(there & (label != before), dtype=jnp.int32)
+        moved = label != before
+        changed += jnp.sum(moved, dtype=jnp.int32)
         labels = lax.dynamic_update_slice_in_dim(labels, label, b * block, axis=0)
         if update:
-            sums = exact_sums.add_rows(sums, part, label, span)
-            counts = counts.at[label].add(1, mode="drop")
+            sums = _add_marked(sums, -part, before, moved & (before < clusters), span)
+            sums = _add_marked(sums, part, label, moved, span)
+            counts = counts.at[before].add(-1, mode="drop").at[label].add(1, mode="drop")
         return labels, sums, counts, changed
 
     def group(g, carry):
@@ -174,6 +185,23 @@ def _assign_shard(so_far, x, previous, valid, centroids, span, *, block, search,
     groups = (blocks + in_group - 1) // in_group
     labels, sums, counts, changed = lax.fori_loop(0, groups, group, (none, sums, counts, changed))
     return jax.tree.map(lambda part: part[None], Pass(sums, counts, changed)), labels
+
+
+def _add_marked(
+    sums: Sums, x: jax.Array, labels: jax.Array, marked: jax.Array, span: jax.Array
+) -> Sums:
+    """Adds the marked rows, a batch of them at a time."""
+    batch, (order, count) = min(_MOVED, len(x)), marked_first(marked)
+
+    def step(i, sums):
+        first = jnp.minimum(i * batch, len(x) - batch)
+        rows = lax.dynamic_slice_in_dim(order, first, batch)
+        number = first + jnp.arange(batch)
+        there = (number >= i * batch) & (number < count)
+        label = jnp.where(there, labels[rows], sums.high.shape[0])
+        return exact_sums.add_rows(sums, x[rows], label, span)
+
+    return lax.fori_loop(0, (count + batch - 1) // batch, step, sums)
 
 
 def _measure_shard(x, labels, centroids, *, block):

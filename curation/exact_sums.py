@@ -46,7 +46,7 @@ def zeros(clusters: int, width: int, parts: tuple[int, ...] = ()) -> Sums:
     return Sums(low, jnp.zeros((*parts, clusters, width), jnp.int32))
 
 
-def add_rows(sums: Sums, x: jax.Array, labels: jax.Array, span: jax.Array) -> Sums:
+def add_rows(sums: Sums, x: jax.Array, labels: jax.Array, span: jax.Array | float) -> Sums:
     """Adds each row to the sum of its cluster; `carry` at the latest after `MOST_ROWS` of them.
 
     Args:
@@ -55,7 +55,7 @@ def add_rows(sums: Sums, x: jax.Array, labels: jax.Array, span: jax.Array) -> Su
         labels: The cluster of each row `[N]`; rows with a label of K or more are left out.
         span: As `span_of` gives it, float32.
     """
-    steps = x / span * (_BASE * _BASE)
+    steps = x * (_BASE * _BASE / span)
     whole = jnp.round(steps)
     rest = jnp.round((steps - whole) * _BASE).astype(jnp.int32)
     whole = whole.astype(jnp.int32)

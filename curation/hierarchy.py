@@ -240,8 +240,12 @@ def _cluster_level(
         rows, centroids, assignment, parts, (seed, number), config.kmeans, tell
     )
     if checkpoints:
-        found = {"labels": assignment.labels, "distances": assignment.distances}
-        checkpoints.save(f"{name}_split", centroids=centroids, **found)
+        checkpoints.save(
+            f"{name}_split",
+            centroids=centroids,
+            labels=assignment.labels,
+            distances=assignment.distances,
+        )
     return centroids, assignment
 
 

@@ -130,6 +130,7 @@ class _State:
         self._rows, self._clusters = rows, clusters
         self._kept: jax.Array | None = None  # the labels of resident rows
         self._labels = np.full(rows.data.rows, clusters, np.int32)
+        self._gathered = assignment.start(rows.mesh, clusters, rows.data.width)
 
     def assign(
         self,
@@ -139,9 +140,13 @@ class _State:
         update: bool,
         report: Report | None = None,
     ) -> Pass:
-        """Passes over all rows; returns what the devices have gathered."""
-        rows, waiting = self._rows, None
-        so_far = assignment.start(rows.mesh, self._clusters, rows.data.width)
+        """Passes over all rows; returns what the devices have gathered.
+
+        A pass without `update` is the last one.
+        """
+        rows = self._rows
+        waiting: tuple[Chunk, jax.Array] | None = None
+        so_far = assignment.again(self._gathered)
         for chunk in rows.chunks():
             so_far, labels = assignment.assign(
                 so_far,
@@ -162,7 +167,9 @@ class _State:
             if waiting:  # Devices are busy with this chunk while the one before is fetched.
                 _take(*waiting, self._labels)
             waiting = chunk, labels
-        _take(*waiting, self._labels)
+        if waiting:
+            _take(*waiting, self._labels)
+        self._gathered = so_far
         return assignment.totals(rows.mesh, so_far)
 
     def measured(self, centroids: jax.Array) -> Assignment:
@@ -224,7 +231,7 @@ def _repair(
     clusters, found = len(counts), measured(centroids)
     old = np.full(MOST_REPAIRS, clusters, np.int32)
     new = np.full(MOST_REPAIRS, clusters, np.int32)
-    moved = []
+    moved: list[int] = []
     for row in _farthest(found.distances, 2 * len(empty)):
         label = found.labels[row]
         if len(moved) == len(empty) or found.distances[row] == 0:

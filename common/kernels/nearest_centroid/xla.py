@@ -11,6 +11,7 @@ from jax import lax
 # tile back from its caches; an accelerator wants products so long that starting them is nothing.
 _CPU_TILE = (1024, 1024)
 _ACCELERATOR_TILE = (16384, 4096)
+_MOST_CONTENDERS = 1 << 16  # centroids of a block of `contenders`
 
 
 def search(x: jax.Array, c: jax.Array, half: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -47,6 +48,38 @@ def search_two(
         default=functools.partial(tiled, tile=_ACCELERATOR_TILE, two=True),
     )
     return index, score, following
+
+
+def contenders(
+    x: jax.Array, c: jax.Array, half: jax.Array, limit: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the first and the last centroid whose score is within a row's limit, and how many.
+
+    Args:
+        x, c, half: As for `search`, few rows.
+        limit: Of each row, `[N]` in float32.
+
+    Returns:
+        Three times int32 `[N]`; places are in range whatever the scores are.
+    """
+    total = c.shape[0]
+    count, size = _even(total, _MOST_CONTENDERS)
+
+    def step(j: jax.Array | int, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        start = jnp.minimum(j * size, total - size)
+        places = start + jnp.arange(size, dtype=jnp.int32)
+        block_half = lax.dynamic_slice_in_dim(half, start, size)
+        scores = block_half - _products(x, lax.dynamic_slice_in_dim(c, start, size))
+        within = (scores <= limit[:, None]) & (places >= j * size)  # no centroid twice
+        first = jnp.min(jnp.where(within, places, total - 1), axis=1)
+        last = jnp.max(jnp.where(within, places, 0), axis=1)
+        several = jnp.sum(within, axis=1, dtype=jnp.int32)
+        return jnp.minimum(found[0], first), jnp.maximum(found[1], last), found[2] + several
+
+    none = jnp.zeros((x.shape[0],), jnp.int32)
+    start = none + total - 1, none, none
+    first, last, several = step(0, start) if count == 1 else lax.fori_loop(0, count, step, start)
+    return first, last, several
 
 
 def tiled(
@@ -109,11 +142,7 @@ def _tile(x: jax.Array, c: jax.Array, half: jax.Array, *, two: bool) -> tuple[ja
     With `two`, the next score as well. Plain minima, one after the other: the CPU backend runs an
     arg-min some ten times slower.
     """
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    products = lax.dot_general(
-        x, c, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
-    scores = half - products
+    scores = half - _products(x, c)
     scores = jnp.where(scores < jnp.inf, scores, jnp.inf)  # no NaN
     low = jnp.min(scores, axis=1)
     places = jnp.arange(c.shape[0], dtype=jnp.int32)
@@ -121,6 +150,13 @@ def _tile(x: jax.Array, c: jax.Array, half: jax.Array, *, two: bool) -> tuple[ja
     if not two:
         return at, low
     return at, low, jnp.min(jnp.where(places == at[:, None], jnp.inf, scores), axis=1)
+
+
+def _products(x: jax.Array, c: jax.Array) -> jax.Array:
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return lax.dot_general(
+        x, c, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
 
 
 def _even(total: int, most: int) -> tuple[int, int]:

@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 
 from common.kernels.nearest_centroid import nearest_centroid, xla
-from common.kernels.nearest_centroid.reranked import nearest_float32, nearest_reranked
+from common.kernels.nearest_centroid.reranked import (
+    marked_first,
+    nearest_float32,
+    nearest_reranked,
+)
 
 
 def oracle(x, c):
@@ -62,3 +66,27 @@ def test_the_two_least_scores(tile):
     scores = half - x @ c.T
     np.testing.assert_array_equal(index, scores.argmin(axis=1))
     np.testing.assert_allclose([score, following], np.sort(scores, axis=1)[:, :2].T, atol=1e-5)
+
+
+def test_contenders(monkeypatch):
+    x, c = draw("gaussian", 150, 120, 8)
+    half = 0.5 * np.square(c).sum(axis=1)
+    scores = half - x @ c.T
+    limit = scores.min(axis=1) + np.linspace(-0.5, 1.5, 150).astype(np.float32)
+    for most in (1 << 16, 50, 7):
+        monkeypatch.setattr(xla, "_MOST_CONTENDERS", most)
+        first, last, count = xla.contenders(x, c, half, limit)
+        within = scores <= limit[:, None]
+        np.testing.assert_array_equal(count, within.sum(axis=1))
+        some = within.any(axis=1)
+        assert not some.all()
+        np.testing.assert_array_equal(first[some], within.argmax(axis=1)[some])
+        np.testing.assert_array_equal(last[some], 119 - within[:, ::-1].argmax(axis=1)[some])
+
+
+def test_marked_first():
+    marked = np.asarray([False, True, True, False, True])
+    order, count = marked_first(marked)
+    assert int(count) == 3
+    assert order[:3].tolist() == [1, 2, 4]
+    assert int(marked_first(np.zeros(4, bool))[1]) == 0
