@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 
+from common.data.image_sources import HealthyImages
 from common.errors import UserError, nearest
 from common.launch import Run, launch
 from common.train import TrainResult
@@ -24,6 +25,8 @@ from dino.train import train
 
 EXAMPLES = [
     "python -m dino.distill --config=smoke --workdir=runs/distilled",
+    "python -m dino.distill --config=cpu --workdir=runs/dino-distilled "
+    "--set teacher.checkpoint=runs/dino-cpu",
     "python -m dino.distill --config=vits14 --workdir=runs/vits14 "
     "--set teacher.checkpoint=runs/vitg14 --set data.images.path=images/",
     "python -m dino.distill --config=vits14 --workdir=runs/vits14 --set data.images.path=images/ "
@@ -41,11 +44,16 @@ class _Stopped(Exception):
 
 
 def distil(
-    config: DistillationConfig, workdir: Path, resume_command: str | None = None
+    config: DistillationConfig,
+    workdir: Path,
+    resume_command: str | None = None,
+    *,
+    images: HealthyImages | None = None,
 ) -> TrainResult:
     """Distils in `workdir` from where it stands, and writes the report.
 
-    A teacher that no checkpoint gives is trained first, in a folder below.
+    A teacher that no checkpoint gives is trained first, in a folder below. `images` are those of
+    `config.data`, where a caller has opened them for several runs.
 
     Raises:
       UserError: teacher, config, images, mesh or folder do not fit. What was there stays.
@@ -62,7 +70,7 @@ def distil(
         return Distillation(config.model, config.objective, config.train.steps, teacher, shape)
 
     try:
-        return train(config, workdir, resume_command, task_of=task_of)
+        return train(config, workdir, resume_command, task_of=task_of, images=images)
     except _Stopped as stopped:
         return stopped.result
 
@@ -108,6 +116,21 @@ def smoke() -> DistillationConfig:
     return _distilling(config, TeacherConfig(preset="smoke", dtype="float32"))
 
 
+def cpu() -> DistillationConfig:
+    """A quarter of `dino.train`'s cpu model learns from it, on real silhouettes of animals.
+
+    `python -m dino.distill --config=cpu --workdir=runs/dino-distilled --set
+    teacher.checkpoint=runs/dino-cpu`; 2 CPU cores, minutes. Without a checkpoint the teacher is
+    trained first.
+    """
+    config = presets.cpu()
+    shape = {"width": 32, "num_layers": 2, "num_heads": 2}
+    backbone = dataclasses.replace(config.model.backbone, **shape)
+    model = dataclasses.replace(config.model, backbone=backbone)
+    config = dataclasses.replace(config, model=model)
+    return _distilling(config, TeacherConfig(preset="cpu", dtype="float32"))
+
+
 def _published(size: str, registers: int = 0) -> DistillationConfig:
     vit = dataclasses.replace(public(size, registers), image_size=224, dtype="bfloat16")
     config = presets.vitl14()
@@ -145,7 +168,7 @@ def vitl14() -> DistillationConfig:
 
 
 PRESETS: dict[str, Callable[[], DistillationConfig]] = {
-    preset.__name__: preset for preset in (smoke, vits14, vitb14, vitl14)
+    preset.__name__: preset for preset in (smoke, cpu, vits14, vitb14, vitl14)
 }
 
 

@@ -20,7 +20,7 @@ from common.launch.workdir import write_atomically
 from common.sharding import batch_shards, make_mesh
 from dino.checkpoint import load
 from dino.evaluation import depth, linear, protocols, segmentation
-from dino.evaluation.dense_data import PairedFolders, open_labels, read_depth, spread
+from dino.evaluation.dense_data import DRAWN, PairedFolders, open_labels, read_depth, spread
 from dino.evaluation.features import (
     FeatureModel,
     ImageFeatures,
@@ -367,7 +367,7 @@ def _segmentation(contestant: Contestant, damaged: dict[str, str]) -> Outcome:
     if classes is None:
         if not drawn:
             raise UserError("--classes is missing (the number of classes of label maps)")
-        classes = 9 if TRAIN.value.startswith("shapes") else 27
+        classes = 1 + len(DRAWN[TRAIN.value.partition(":")[0]](32, 64).names)
     changes: dict[str, Any] = {"seed": SEED.value}
     if CROP.value is not None or drawn:
         side = contestant.view.crop

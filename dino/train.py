@@ -55,6 +55,7 @@ def train(
     resume_command: str | None = None,
     *,
     task_of: Callable[[C, jax.sharding.Mesh], Task] | None = None,
+    images: HealthyImages | None = None,
 ) -> TrainResult:
     """Trains in `workdir` from where it stands, and writes the report.
 
@@ -64,6 +65,7 @@ def train(
       resume_command: printed when a signal stops it.
       task_of: makes the task, once the folder is the run's, of the configuration with its
         checkpoint's shape; None: pretraining.
+      images: those of `config.data`, where a caller has opened them for several runs.
 
     Raises:
       UserError: config, images, checkpoint, mesh or folder do not fit. What was there stays.
@@ -75,7 +77,8 @@ def train(
         config.model, config.checkpoint, Path(workdir), mesh, resample=config.resample_positions
     )
     config = dataclasses.replace(config, model=model)
-    images = training_images(config.data)
+    if images is None:
+        images = training_images(config.data)
     folder = RunFolder(workdir)
     resumed = folder.open(config, MAY_CHANGE)
     try:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from common.data import image_assets
 from common.data.file_sources import find_files
 from common.data.image_records import ImageRecords, PreparedImages
+from common.data.image_scenes import AnimalScenes
 from common.data.image_sets import Glyphs, Shapes
 from common.data.image_sources import (
     Decoding,
@@ -20,7 +21,9 @@ from common.data.record_sources import tfds_folder
 from common.data.sources import selected
 from common.errors import UserError, nearest
 
-BUILT_IN = ("shapes", "glyphs", "animals", "digits", "faces", "small-digits")
+BUILT_IN = (
+    "shapes", "glyphs", "animal-scenes", "animals", "digits", "faces", "small-digits",
+)  # fmt: skip
 KINDS = ("folder", "arrays", "array_record", "tfds", *BUILT_IN)
 _ASSETS = {
     "animals": image_assets.animals,
@@ -38,8 +41,8 @@ class ImageConfig:
         kind: "folder" (of image files), "arrays" (.npz or .npy), "array_record" (of encoded
             images, see `ImageRecords`), "tfds" (prepared), or a set that comes with packages:
             "shapes" or "glyphs" (see `common.data.image_sets`), and with packages that not every
-            machine has, "animals", "digits", "small-digits" or "faces" (see
-            `common.data.image_assets`).
+            machine has, "animals", "digits", "small-digits", "faces" (see
+            `common.data.image_assets`) or "animal-scenes" (see `common.data.image_scenes`).
         path: A folder or file; for array_record also a glob pattern, for tfds the folder of the
             prepared version. Sets that come with packages have none.
         classes: For a folder: "auto", "folders" or "none", see `ImageFolder`.
@@ -110,6 +113,8 @@ def _open_kind(config: ImageConfig) -> ImageSource:
         return Shapes(config.drawn_size, config.drawn_count)
     if config.kind == "glyphs":
         return Glyphs(config.drawn_size, config.drawn_count)
+    if config.kind == "animal-scenes":
+        return AnimalScenes(config.drawn_size, config.drawn_count)
     if config.kind == "array_record":
         return ImageRecords(find_files(config.path, "*.array_record*"), decoding)
     if config.kind == "tfds":

@@ -63,9 +63,9 @@ class DrawnImages(ImageSource):
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         rng = np.random.default_rng([index, *digest_number(type(self).__name__)])
-        coverage = self._coverage(rng, index % len(self.names))
+        coverage = self._coverage(rng, index)
         background = self._background(rng)
-        colour = _contrasting(rng, background.mean((0, 1)))
+        colour = self._colour(rng, background.mean((0, 1)))
         mixed = background + coverage[..., None] * (colour - background)
         mixed += rng.normal(0.0, _NOISE, mixed.shape)
         return np.clip(np.round(mixed), 0, 255).astype(np.uint8), coverage > 0.5
@@ -80,12 +80,19 @@ class DrawnImages(ImageSource):
         return digest(type(self).__name__, f"{self.size} {len(self)} {self.scale}")
 
     @abc.abstractmethod
-    def _coverage(self, rng: np.random.Generator, label: int) -> np.ndarray:
-        """How much of each pixel the object covers, float [S, S] from 0 to 1."""
+    def _coverage(self, rng: np.random.Generator, index: int) -> np.ndarray:
+        """How much of each pixel the object of image `index` covers, float [S, S] from 0 to 1."""
 
     @abc.abstractmethod
     def _background(self, rng: np.random.Generator) -> np.ndarray:
         """What lies behind it, float [S, S, 3] from 0 to 255."""
+
+    def _colour(self, rng: np.random.Generator, background: np.ndarray) -> np.ndarray:
+        """A random colour that stands out from the mean [3] of the background."""
+        while True:
+            colour = rng.uniform(0, 255, 3)
+            if np.linalg.norm(colour - background) > _CONTRAST:
+                return colour
 
     def _extent(self, rng: np.random.Generator) -> tuple[float, tuple[float, float]]:
         """An object's extent, and its centre (x, y) such that it lies inside; both in pixels."""
@@ -100,13 +107,13 @@ class Shapes(DrawnImages):
 
     names = ("disk", "square", "triangle", "ring", "plus", "star", "bar", "crescent")
 
-    def _coverage(self, rng: np.random.Generator, label: int) -> np.ndarray:
+    def _coverage(self, rng: np.random.Generator, index: int) -> np.ndarray:
         extent, centre = self._extent(rng)
         angle = rng.uniform(0, 2 * math.pi)
         fine = (np.arange(3 * self.size) + 0.5) / 3  # Three points to a pixel each way.
         x, y = (fine - centre[0]) * 2 / extent, (fine - centre[1])[:, None] * 2 / extent
         c, s = math.cos(angle), math.sin(angle)
-        inside = _SHAPES[self.names[label]](c * x + s * y, c * y - s * x)
+        inside = _SHAPES[self.names[index % len(self.names)]](c * x + s * y, c * y - s * x)
         return inside.reshape(self.size, 3, self.size, 3).mean((1, 3))
 
     def _background(self, rng: np.random.Generator) -> np.ndarray:
@@ -122,14 +129,13 @@ class Glyphs(DrawnImages):
 
     names = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
-    def _coverage(self, rng: np.random.Generator, label: int) -> np.ndarray:
+    def _coverage(self, rng: np.random.Generator, index: int) -> np.ndarray:
         extent, centre = self._extent(rng)
+        letter = self.names[index % len(self.names)]
         font = _font(int(rng.integers(len(_font_files()))), max(4, round(extent)))
         side = 2 * self.size
         canvas = Image.new("L", (side, side))
-        ImageDraw.Draw(canvas).text(
-            (side / 2, side / 2), self.names[label], fill=255, font=font, anchor="mm"
-        )
+        ImageDraw.Draw(canvas).text((side / 2, side / 2), letter, fill=255, font=font, anchor="mm")
         turned = canvas.rotate(rng.uniform(-20, 20), Image.Resampling.BILINEAR)
         left, top = self.size - centre[0], self.size - centre[1]
         box = (round(left), round(top), round(left) + self.size, round(top) + self.size)
@@ -150,14 +156,6 @@ def digest_number(name: str) -> list[int]:
     """Two numbers that stand for a name, to seed with."""
     value = int(digest(name)[:16], 16)
     return [value >> 32, value & 0xFFFFFFFF]
-
-
-def _contrasting(rng: np.random.Generator, background: np.ndarray) -> np.ndarray:
-    """A random colour that stands out from the mean of the background."""
-    while True:
-        colour = rng.uniform(0, 255, 3)
-        if np.linalg.norm(colour - background) > _CONTRAST:
-            return colour
 
 
 def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import abc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from common.data.file_sources import CorpusFile
+from common.data.image_scenes import AnimalScenes
 from common.data.image_sets import DrawnImages, Glyphs, Shapes
 from common.data.image_sources import find_images
 from common.data.image_transforms import turn_hue
@@ -18,6 +19,9 @@ from common.data.sources import DamagedRecord
 from common.errors import UserError, nearest
 
 IGNORED = 255  # The label of pixels that count for nothing.
+DRAWN: Mapping[str, type[DrawnImages]] = {
+    "shapes": Shapes, "glyphs": Glyphs, "animal-scenes": AnimalScenes,
+}  # fmt: skip
 Pair = tuple[np.ndarray, np.ndarray]
 """An image uint8 [H, W, 3] and its map [H, W]: int32 labels, or float32 depths (0: unknown)."""
 
@@ -164,14 +168,14 @@ def open_labels(
     kind, _, part = images.partition(":")
     if maps is not None:
         return PairedFolders(images, maps, lambda path: read_labels(path, reduce_zero))
-    names = [f"{kind}:{part}" for kind in ("shapes", "glyphs") for part in ("train", "heldout")]
+    names = [f"{kind}:{part}" for kind in DRAWN for part in ("train", "heldout")]
     if images not in names:
         raise UserError(
             f"'{images}' needs a folder of label maps beside it{nearest(images, names)}"
         )
     size, count = drawn
     total = count + count // 4
-    source = {"shapes": Shapes, "glyphs": Glyphs}[kind](size, total)
+    source = DRAWN[kind](size, total)
     numbers = np.arange(count) if part == "train" else np.arange(count, total)
     return DrawnLabels(source, numbers)
 

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.data.assets import asset
 from common.data.image_corpus import ImageConfig, open_images, parse_images
+from common.data.image_scenes import AnimalScenes
 from common.data.image_sets import Glyphs, Shapes
 from common.data.image_sources import HealthyImages, ImageArrays, find_images
 from common.data.sources import DamagedRecord
@@ -272,7 +274,23 @@ def test_decoded_images_are_kept_while_there_is_room():
     assert sorted(read) == [0, 1, 1, 1, 2, 3, 3, 3]
 
 
-@pytest.mark.parametrize("kind", [Shapes, Glyphs])
+def installed(asset_name):
+    """Whether an optional asset is here."""
+    try:
+        return asset(asset_name).is_file()
+    except UserError:
+        return False
+
+
+SCENES = pytest.param(
+    AnimalScenes,
+    marks=pytest.mark.skipif(
+        not installed("animal-mnist"), reason="the asset animal-mnist is not installed"
+    ),
+)
+
+
+@pytest.mark.parametrize("kind", [Shapes, Glyphs, SCENES])
 def test_drawn_images(kind):
     source = kind(24, 60)
     assert len(source) == 60
@@ -291,7 +309,7 @@ def test_drawn_images(kind):
         kind(4, 10)
 
 
-@pytest.mark.parametrize("kind", [Shapes, Glyphs])
+@pytest.mark.parametrize("kind", [Shapes, Glyphs, SCENES])
 def test_raw_pixels_do_not_tell_the_classes_of_drawn_images(kind):
     """Nearest neighbours by pixels are close to chance, so that features have something to show."""
     source = kind(24, 1000)

@@ -1,0 +1,1 @@
+"""What `dino.reproduce` measures: trained runs that share one bench, and what they show."""
