@@ -14,6 +14,7 @@ from curation.experiments.concepts import measure_concepts
 from curation.experiments.config import PRESETS, ReproduceConfig
 from curation.experiments.density import measure_density
 from curation.experiments.documents import measure_documents
+from curation.experiments.features import measure_features
 from curation.experiments.pictures import measure_pictures
 from curation.experiments.plane import measure_plane
 
@@ -37,7 +38,7 @@ def reproduce(config: ReproduceConfig, workdir: Path) -> Results:
     try:
         found = {
             name: measured(folder.path, name, measure)
-            for name, measure in _experiments(config).items()
+            for name, measure in _experiments(config, folder.path).items()
         }
     finally:
         folder.close()
@@ -50,14 +51,17 @@ def reproduce(config: ReproduceConfig, workdir: Path) -> Results:
     return results
 
 
-def _experiments(config: ReproduceConfig) -> dict[str, Callable[[], Any]]:
-    return {
+def _experiments(config: ReproduceConfig, folder: Path) -> dict[str, Callable[[], Any]]:
+    experiments: dict[str, Callable[[], Any]] = {
         "plane": lambda: measure_plane(config.plane),
         "density": lambda: measure_density(config.density, config.seed),
         "concepts": lambda: measure_concepts(config.concepts),
         "pictures": lambda: measure_pictures(config.pictures),
         "documents": lambda: measure_documents(config.documents),
     }
+    if config.features.seeds:
+        experiments["features"] = lambda: measure_features(config.features, folder / "features")
+    return experiments
 
 
 def _headline(results: Results) -> str:

@@ -1,11 +1,11 @@
 """What the paper predicts of the measurements, and what is smaller here than there."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from common.launch import Expectation, Results
-from curation.experiments import concepts, documents, pictures, plane
+from curation.experiments import concepts, documents, features, pictures, plane
 from curation.experiments.config import ReproduceConfig
 
 CLAIM = (
@@ -29,7 +29,8 @@ Measured = Mapping[str, Any]
 
 def results(config: ReproduceConfig, measured: Measured) -> Results:
     """The claim with its expectations, to be decided by `measured`."""
-    return Results(CLAIM, setting(config, measured), EXPECTATIONS, measured)
+    expected = EXPECTATIONS + (OF_FEATURES if "features" in measured else ())
+    return Results(CLAIM, setting(config, measured), expected, measured)
 
 
 def setting(config: ReproduceConfig, measured: Measured) -> str:
@@ -46,13 +47,27 @@ def setting(config: ReproduceConfig, measured: Measured) -> str:
         f"{config.concepts.points:,} points in all. Images are {kind}, {pool['pool']} of them in "
         f"classes of {config.pictures.largest} down to {config.pictures.smallest}, of which "
         f"{config.pictures.size} are chosen for a linear classifier "
-        f"({len(config.pictures.seeds)} seeds). Documents are {measured['documents']['pool']} "
+        f"({len(config.pictures.seeds)} seeds). {_features_setting(config, measured)}"
+        f"Documents are {measured['documents']['pool']} "
         f"pieces of {config.documents.packages} packages of Python's library, known by their "
         f"words, of which {config.documents.size} are chosen. Much smaller than in the paper: "
         "there, 743 million web images were clustered to 10 million, 500,000, 50,000 and "
         "10,000 clusters of DINOv2's embeddings, 100 million were sampled, and DINOv2 (ViT-L, "
         "ViT-g), a language model of 7 B parameters and a model of canopy heights were trained on "
         "samples. Those figures are not repeated here."
+    )
+
+
+def _features_setting(config: ReproduceConfig, measured: Measured) -> str:
+    if "features" not in measured:
+        return ""
+    settings, found = config.features, measured["features"]
+    return (
+        f"Features are those of a vision transformer of 0.2 M parameters, trained by DINOv2's "
+        f"recipe for {settings.steps} steps on {settings.size} of {found['pool']} images of "
+        f"{found['kind']}, in classes of {settings.largest} down to {settings.smallest}, clustered "
+        f"by their pixels, and judged on {found['known']} other images "
+        f"({len(settings.seeds)} seeds). "
     )
 
 
@@ -118,6 +133,19 @@ def _pictures_accuracy(m: Measured) -> bool:
     found = m["pictures"]["accuracy"]
     best_flat = max(found[pictures.RANDOM], found[pictures.FLAT])
     return min(found[pictures.TWO], found[pictures.RESAMPLED]) > best_flat
+
+
+def _features_balance(m: Measured) -> bool:
+    found = m["features"]["divergence"]
+    return found[features.CURATED] < found[features.RANDOM] / 2
+
+
+def _features_accuracy(task: str) -> Callable[[Measured], bool]:
+    def above(m: Measured) -> bool:
+        found = m["features"]["accuracy"][task]
+        return found[features.CURATED] > found[features.RANDOM]
+
+    return above
 
 
 def _documents_balance(m: Measured) -> bool:
@@ -190,5 +218,24 @@ EXPECTATIONS = (
         "without labels, samples of texts by hierarchies represent their packages more evenly than "
         "random ones and than flat clusters",
         _documents_balance,
+    ),
+)
+OF_FEATURES = (
+    Expectation(
+        "features_balance",
+        "the curated sample that DINO learns from diverges from equal shares of classes by less "
+        "than half of a random one",
+        _features_balance,
+    ),
+    Expectation(
+        "features_knn",
+        "features learned without labels from a curated sample are better than those from as many "
+        "random images of the pool: by k-NN",
+        _features_accuracy("knn"),
+    ),
+    Expectation(
+        "features_logistic",
+        "the same by logistic regression",
+        _features_accuracy("logistic"),
     ),
 )

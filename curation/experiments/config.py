@@ -83,6 +83,34 @@ class PicturesConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class FeaturesConfig:
+    """A small DINO learns from samples of a long-tailed pool of images.
+
+    Attributes:
+      seeds: one pool, its samples and their trainings each; none leaves the experiment out.
+      largest, ratio, smallest: the class of rank r has `max(largest * ratio ** r, smallest)`.
+      classes: how many of the set's.
+      size: of the samples.
+      known, held_out: images of each class that classifiers on the features have, and are tested
+        on.
+      clusters: of two levels.
+      steps, batch: of a training, and images of a step.
+    """
+
+    seeds: tuple[int, ...] = ()
+    largest: int = 350
+    ratio: float = 0.65
+    smallest: int = 10
+    classes: int = 10
+    size: int = 300
+    known: int = 50
+    held_out: int = 100
+    clusters: tuple[int, int] = (250, 60)
+    steps: int = 600
+    batch: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
 class DocumentsConfig:
     """Texts of Python's own library, of some of whose packages there are many and of others few.
 
@@ -120,6 +148,7 @@ class ReproduceConfig:
     density: DensityConfig = DensityConfig()
     concepts: ConceptsConfig = ConceptsConfig()
     pictures: PicturesConfig = PicturesConfig()
+    features: FeaturesConfig = FeaturesConfig()
     documents: DocumentsConfig = DocumentsConfig()
     seed: int = 0
 
@@ -132,18 +161,16 @@ class ReproduceConfig:
 
 
 def smoke() -> ReproduceConfig:
-    """Every experiment once, the plane and the density at full size.
+    """The plane and the density at full size, without training DINO on samples.
 
     `python -m curation.reproduce --config=smoke --workdir=runs/curation-smoke`; 2 CPU cores, at
     most two minutes; all outcomes as expected.
     """
-    return ReproduceConfig(
-        concepts=ConceptsConfig(seeds=(0, 1)),
-    )
+    return ReproduceConfig()
 
 
 def cpu() -> ReproduceConfig:
-    """Three seeds of the plane, five of the concepts.
+    """Three seeds of the plane, five of the concepts, and six trainings of a small DINO.
 
     `python -m curation.reproduce --config=cpu --workdir=runs/curation-cpu`; 2 CPU cores, at most
     half an hour.
@@ -151,17 +178,19 @@ def cpu() -> ReproduceConfig:
     return ReproduceConfig(
         plane=PlaneConfig(seeds=(0, 1, 2)),
         concepts=ConceptsConfig(seeds=(0, 1, 2, 3, 4)),
+        features=FeaturesConfig(seeds=(0, 1, 2)),
     )
 
 
 def gpu() -> ReproduceConfig:
-    """As `cpu`, with more seeds.
+    """As `cpu`, with more seeds, and longer trainings.
 
     `python -m curation.reproduce --config=gpu --workdir=runs/curation-gpu`; one GPU, minutes.
     """
     return dataclasses.replace(
         cpu(),
         plane=PlaneConfig(seeds=(0, 1, 2, 3, 4)),
+        features=FeaturesConfig(seeds=(0, 1, 2, 3, 4), steps=3_000),
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from common.launch import Figure, Line, Results, Table, write_report
-from curation.experiments import concepts, documents, pictures, plane
+from curation.experiments import concepts, documents, features, pictures, plane
 from curation.plots import draw_map
 
 Measured = Mapping[str, Any]
@@ -43,6 +43,7 @@ def tables(m: Measured) -> list[Table]:
     """A table for each experiment."""
     found, seconds = m["plane"]["divergence"], m["plane"]["seconds"]
     density = m["density"]
+    learned = [_features(m["features"])] if "features" in m else []
     return [
         Table(
             "Divergence from uniform in the plane",
@@ -70,6 +71,7 @@ def tables(m: Measured) -> list[Table]:
             ("sample", "divergence (nats)", "accuracy", "its standard deviation"),
             [(name, *(m["pictures"][key][name] for key in _PICTURES)) for name in pictures.NAMES],
         ),
+        *learned,
         Table(
             "Samples of documents",
             ("sample", "divergence (nats)", "largest share"),
@@ -79,6 +81,20 @@ def tables(m: Measured) -> list[Table]:
             ],
         ),
     ]
+
+
+def _features(found: Measured) -> Table:
+    rows = []
+    for name in features.NAMES:
+        each = [found["each"][task][name] for task in features.TASKS]
+        spread = [" / ".join(f"{score:.3f}" for score in scores) for scores in each]
+        means = [found["accuracy"][task][name] for task in features.TASKS]
+        rows.append((name, found["divergence"][name], means[0], spread[0], means[1], spread[1]))
+    return Table(
+        "Features of a small DINO trained on samples of images",
+        ("sample", "divergence (nats)", "k-NN", "each", "logistic", "each "),
+        rows,
+    )
 
 
 _RATIOS = ("first", "theory", "second", "second_theory", "random")

@@ -1,13 +1,24 @@
 """The experiments' own parts, and the launcher from flags to report at a tiny size."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from curation.experiments import claims, density, documents, pictures, plane
+import dino.evaluate
+import dino.presets
+from common.errors import UserError
+from common.launch import config as configs
+from curation.experiments import claims, density, documents, features, pictures, plane, report
 from curation.experiments.concepts import long_tailed
-from curation.experiments.config import PRESETS, ConceptsConfig, DocumentsConfig, PicturesConfig
+from curation.experiments.config import (
+    PRESETS,
+    ConceptsConfig,
+    DocumentsConfig,
+    FeaturesConfig,
+    PicturesConfig,
+)
 from curation.reproduce import main
 
 
@@ -88,6 +99,77 @@ def test_pieces_of_the_library_and_their_vectors():
     x = documents.vectors([*texts[:40], texts[0]], 8)
     np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1, atol=1e-5)
     np.testing.assert_allclose(x[0], x[-1], atol=1e-6)
+
+
+FEATURES = FeaturesConfig(
+    seeds=(0, 1), largest=40, smallest=5, size=60, known=4, held_out=3, clusters=(40, 20), steps=20
+)
+
+
+def fake_dino(calls):
+    """Stands for the commands: notes them, and scores a run by how even its images are."""
+
+    def command(arguments):
+        calls.append(list(arguments))
+        flags = dict(a.removeprefix("--").split("=", 1) for a in arguments[1:] if "--set" not in a)
+        if arguments[0] == "dino.train":
+            Path(flags["workdir"]).mkdir(parents=True, exist_ok=True)
+            return
+        folder = Path(flags["output"])
+        folder.mkdir()
+        model = {"knn": {"best_k": 10, "k=10": 0.5}, "logistic": {"accuracy": 0.6, "strength": 1}}
+        if "random" not in str(folder):
+            model["knn"]["k=10"] = 0.7
+        scores = {task: {"model": found} for task, found in model.items()}
+        (folder / "scores.json").write_text(json.dumps({"scores": scores, "damaged": []}))
+
+    return command
+
+
+def test_dino_learns_from_samples_of_equal_size(tmp_path):
+    calls = []
+    found = features.measure_features(FEATURES, tmp_path, fake_dino(calls))
+    assert [call[0] for call in calls] == ["dino.train", "dino.evaluate"] * 4
+    known, test = (np.load(tmp_path / "seed1" / f"{name}.npz") for name in ("known", "test"))
+    assert np.bincount(known["labels"]).tolist() == [4] * 10
+    assert np.bincount(test["labels"]).tolist() == [3] * 10
+    for name in ("random_sample", "two_levels"):
+        images = np.load(tmp_path / "seed1" / f"{name}.npz")["images"]
+        assert (images.shape, images.dtype) == ((60, 28, 28, 3), np.uint8)
+    curated, random = features.CURATED, features.RANDOM
+    assert found["divergence"][curated] < found["divergence"][random]
+    assert found["accuracy"]["knn"] == {random: 0.5, curated: 0.7}
+    assert found["each"]["logistic"][curated] == [0.6, 0.6]
+    holds = {e.name: e.holds({"features": found}) for e in claims.OF_FEATURES}
+    assert holds["features_knn"]
+    assert not holds["features_logistic"]
+    assert len(report._features(found).rows) == 2
+
+
+def test_commands_are_those_of_dino(tmp_path):
+    """Its launchers take every flag: the settings are fields of its configuration."""
+    np.savez(tmp_path / "x.npz", images=np.zeros((9, 28, 28, 3), np.uint8))
+    arguments = features.training(FEATURES, tmp_path / "x.npz", tmp_path / "run", 3)
+    changes = [a.removeprefix("--set=") for a in arguments if a.startswith("--set=")]
+    made = configs.apply_overrides(dino.presets.smoke(), changes)
+    assert made.seed == 3
+    assert made.train.steps == 20
+    assert made.model.backbone.image_size == made.data.crops.global_size == 28
+    names = [
+        a.removeprefix("--").partition("=")[0]
+        for a in features.evaluation(tmp_path / "run", tmp_path)
+    ]
+    assert all(name in dino.evaluate.OPTIONS for name in names[1:])
+
+
+def test_a_command_that_fails_says_why(tmp_path):
+    with pytest.raises(UserError, match=r"dino.evaluate failed: .*checkpoint"):
+        features.run(["dino.evaluate", "--task=knn", f"--output={tmp_path}"])
+
+
+def test_features_need_enough_images():
+    with pytest.raises(UserError, match=r"class . has 9 images, and 40"):
+        features.split(np.arange(90) % 10, FEATURES, 0)
 
 
 def test_expectations_are_decided_by_measurements():
