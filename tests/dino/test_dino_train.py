@@ -284,7 +284,7 @@ def test_distillations_presets_are_the_published_models():
         config = preset()
         text = configs.to_json(config)
         assert configs.from_json(DistillationConfig, text) == config
-        if name != "smoke":
+        if name not in ("smoke", "cpu"):
             backbone = dataclasses.replace(config.model.backbone, image_size=518)
             sizes = {"vits14": 22_056_576, "vitb14": 86_580_480, "vitl14": 304_368_640}
             assert backbone.num_parameters() == sizes[name]
