@@ -166,6 +166,7 @@ def small(steps: int = 3_000, batch_size: int = 64, size: int = 32) -> Config:
             batch_size=batch_size,
             log_every=max(1, steps // 100),
             checkpoint_every=max(1, steps // 5),
+            keep_checkpoints=6,
             optimizer=_optimizer(2e-3, warmup=steps // 10, weight_decay=0.1),
         ),
         reference_batch=None,
