@@ -8,6 +8,7 @@ from flax import nnx
 
 from common.errors import UserError
 from common.nn.linear import Linear, tied_product
+from common.nn.mlp import gelu_exact
 from common.nn.param import ones, param
 from common.sharding import shard
 
@@ -64,8 +65,8 @@ class ProjectionHead(nnx.Module):
     def bottleneck(self, x: jax.Array) -> jax.Array:
         """Features `[..., D]` to unit vectors `[..., bottleneck]`, fp32."""
         first, second, third = self.mlp
-        x = jax.nn.gelu(first(x), approximate=False)
-        x = jax.nn.gelu(second(x), approximate=False)
+        x = gelu_exact(first(x))
+        x = gelu_exact(second(x))
         return unit(third(x))
 
     def __call__(self, x: jax.Array) -> jax.Array:

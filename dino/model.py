@@ -1,7 +1,9 @@
 """A backbone to take features from: a vision transformer, compiled once for each size of image."""
 
 import functools
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +42,7 @@ class Backbone(ViT):
         """
         self._check(images)
         chosen = layers if isinstance(layers, int) else tuple(layers)
-        graphdef, state = nnx.split(self)
+        graphdef, state = _parts(self)
         return features_of(graphdef, state, images, chosen, norm)
 
     def attention_maps(self, images: jax.Array, block: int = -1) -> jax.Array:
@@ -75,6 +77,31 @@ class Backbone(ViT):
                 f"images are {images.dtype}: pass them through normalize(images), which takes "
                 "values from 0 to 255"
             )
+
+
+# Backbones taken apart, with the arrays that they had then.
+_unrolled: weakref.WeakKeyDictionary[Backbone, tuple[list[jax.Array], Any, Any]]
+_unrolled = weakref.WeakKeyDictionary()
+
+
+def _parts(model: Backbone) -> tuple[Any, Any]:
+    """Graph and state of a backbone; on a CPU with arrays of its own for every block.
+
+    A CPU copies each block's weights out of a stack before it multiplies by them. The copies that
+    it is given instead are made once, and again when a parameter is another array.
+    """
+    graphdef, state = nnx.split(model)
+    leaves = jax.tree.leaves(state)
+    if any(isinstance(x, jax.core.Tracer) or not _on_cpu(x) for x in leaves):
+        return graphdef, state
+    before = _unrolled.get(model)
+    if before is None or any(x is not y for x, y in zip(leaves, before[0], strict=True)):
+        before = _unrolled[model] = (leaves, *nnx.split(model.unrolled()))
+    return before[1:]
+
+
+def _on_cpu(x: Any) -> bool:
+    return isinstance(x, jax.Array) and all(d.platform == "cpu" for d in x.devices())
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))

@@ -49,6 +49,8 @@ class ViTConfig:
       residual_dtype: of the sum that runs through the blocks. In bfloat16 it takes half the memory,
         and rounds after every branch.
       remat: what the backward pass recomputes: "none", "full" or "dots".
+      unroll: the blocks are written out one after the other, and are no loop. The compiler takes
+        longer, but what the backward pass needs is not copied into stacks: faster on a CPU.
     """
 
     width: int
@@ -69,6 +71,7 @@ class ViTConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     residual_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "full", "dots"] = "none"
+    unroll: bool = False
 
     def __post_init__(self) -> None:
         positive = ("width", "num_layers", "num_heads", "patch_size", "image_size", "channels")
@@ -296,7 +299,7 @@ class ViT(nnx.Module):
         x = self.embed(images)
         if number:
             (x,) = self.outputs(x, (number - 1,))
-        one = jax.tree.map(lambda leaf: leaf[number], self.blocks)
+        one = self._block(number)
         return one.attention.weights(one.norm1(x).astype(one.dtype))
 
     def embed(self, images: jax.Array, masks: jax.Array | None = None) -> jax.Array:
@@ -338,12 +341,24 @@ class ViT(nnx.Module):
             block, key = block_and_key
             return shard(block(x, key, mask), "batch", "seq", None), None
 
-        x, _ = jax.lax.scan(remat(body, self.config.remat), x, (self.blocks, keys))
+        loop = self._is_stacked and not self.config.unroll
+        body = remat(body, self.config.remat, in_loop=loop)
+        if not loop:
+            for n in range(self.config.num_layers):
+                x, _ = body(x, (self._block(n), None if keys is None else keys[n]))
+            return x
+        x, _ = jax.lax.scan(body, x, (self.blocks, keys))
         return x
 
     def outputs(self, x: jax.Array, blocks: Sequence[int]) -> tuple[jax.Array, ...]:
         """`[B, T, D]` -> what each of `blocks`, ascending numbers, puts out; later ones rest."""
         last = blocks[-1] + 1
+        if self.config.unroll or not self._is_stacked:
+            found = []
+            for n in range(last):
+                x = shard(self._block(n)(x), "batch", "seq", None)
+                found.append(x)
+            return tuple(found[n] for n in blocks)
         used = self.blocks
         if last < self.config.num_layers:
             used = jax.tree.map(lambda leaf: leaf[:last], used)
@@ -360,6 +375,28 @@ class ViT(nnx.Module):
         carry, xs = (x, kept), (used, jnp.asarray(place))
         (_, kept), _ = jax.lax.scan(remat(body, self.config.remat), carry, xs)
         return tuple(kept)
+
+    def unrolled(self) -> "ViT":
+        """The same model without a stack: every block has arrays of its own.
+
+        A scan slices each layer's weights out of their stack, and on a CPU copies them to do so,
+        16-bit ones by way of fp32.
+        """
+        model = nnx.merge(*nnx.split(self))
+        if model._is_stacked:
+            blocks = [model._block(n) for n in range(self.config.num_layers)]
+            model.blocks = nnx.List(blocks)
+        return model
+
+    @property
+    def _is_stacked(self) -> bool:
+        return isinstance(self.blocks, ViTBlock)
+
+    def _block(self, number: int) -> ViTBlock:
+        if not self._is_stacked:
+            return self.blocks[number]
+        graphdef, state = nnx.split(self.blocks)
+        return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[number], state))
 
     def normed(self, x: jax.Array) -> jax.Array:
         """The final norm, in the compute dtype."""

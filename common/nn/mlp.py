@@ -1,6 +1,7 @@
 """Feed-forward layers: gated (GeGLU, SwiGLU) and plain."""
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -18,8 +19,12 @@ def gelu_tanh(x: jax.Array) -> jax.Array:
 
 
 def gelu_exact(x: jax.Array) -> jax.Array:
-    """GELU by the error function, as vision transformers use it."""
-    return jax.nn.gelu(x, approximate=False)
+    """GELU by the error function, as vision transformers use it.
+
+    Not by the complementary one, as JAX has it: within 1e-6 of that, and a third of its time on a
+    CPU, where it cost a twentieth of a transformer's.
+    """
+    return 0.5 * x * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
 class GatedMLP(nnx.Module):
@@ -113,7 +118,14 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, T, D] -> [B, T, D]`; the activation is computed in fp32."""
         hidden = product(x, self.up.kernel[...], self.up.dtype)
-        if self.up.bias is not None:
-            hidden = hidden + self.up.bias[...].astype(jnp.float32)
-        hidden = self.activation(hidden).astype(self.up.dtype)
+        bias = None if self.up.bias is None else self.up.bias[...]
+        hidden = _activate(self.activation, hidden, bias).astype(self.up.dtype)
         return self.down(shard(hidden, "batch", "seq", "mlp"))
+
+
+@functools.partial(jax.checkpoint, static_argnums=(0,), prevent_cse=False)
+def _activate(
+    activation: Callable[[jax.Array], jax.Array], hidden: jax.Array, bias: jax.Array | None
+) -> jax.Array:
+    """The activation of `[..., F]` and a bias, likewise repeated in the backward pass."""
+    return activation(hidden if bias is None else hidden + bias.astype(jnp.float32))

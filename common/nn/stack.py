@@ -14,13 +14,15 @@ def stack(build: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -
     return nnx.vmap(build)(rngs.split(depth))
 
 
-def remat(body: Callable[..., Any], policy: str) -> Callable[..., Any]:
+def remat(body: Callable[..., Any], policy: str, *, in_loop: bool = True) -> Callable[..., Any]:
     """Wraps a layer so that its backward pass recomputes what `policy` does not keep.
 
     Args:
       body: function of arrays and modules.
       policy: "none" keeps every residual, "full" keeps the inputs alone, "dots" keeps the results
         of matrix products with parameters and recomputes the cheap rest.
+      in_loop: whether a scan runs the layer. Its loop keeps XLA from merging the two passes;
+        elsewhere a barrier has to.
     """
     if policy == "none":
         return body
@@ -30,5 +32,4 @@ def remat(body: Callable[..., Any], policy: str) -> Callable[..., Any]:
     }
     if policy not in policies:
         raise ValueError(f"unknown remat policy {policy!r}; one of {REMAT_POLICIES}")
-    # Inside a scan the loop itself keeps XLA from merging the two passes.
-    return jax.checkpoint(body, policy=policies[policy], prevent_cse=False)
+    return jax.checkpoint(body, policy=policies[policy], prevent_cse=not in_loop)

@@ -55,6 +55,17 @@ def test_one_program_for_each_size(model):
     assert models.features_of._cache_size() == before + 2
 
 
+def test_features_follow_the_parameters(model):
+    """What is kept for the next call is taken apart anew when a parameter is another array."""
+    own = nnx.clone(model)
+    before = own.features(IMAGES).cls
+    own.norm.bias[...] = own.norm.bias[...] + 1.0
+    np.testing.assert_allclose(own.features(IMAGES).cls, before + 1.0, atol=1e-5)
+    own.blocks.gamma1[...] = own.blocks.gamma1[...] * 2.0
+    assert np.abs(own.features(IMAGES).cls - before - 1.0).max() > 1e-3
+    np.testing.assert_allclose(model.features(IMAGES).cls, before, atol=1e-6)
+
+
 def test_inside_other_programs(model):
     """Features have a gradient, and are no obstacle to `jit` and `vmap`."""
     graphdef, state = nnx.split(model)

@@ -138,6 +138,8 @@ def test_sizes_that_do_not_fit(model):
 
 @pytest.mark.parametrize("policy", ["full", "dots"])
 def test_remat_changes_no_gradient(model, policy):
+    """Nor does it matter whether a loop runs the blocks."""
+
     def gradient(config):
         graphdef, _ = nnx.split(nnx.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0))))
 
@@ -150,7 +152,20 @@ def test_remat_changes_no_gradient(model, policy):
     dropping = dataclasses.replace(CONFIG, drop_path=0.4)
     plain = gradient(dropping)
     close(gradient(dataclasses.replace(dropping, remat=policy)), plain, 1e-4)
+    close(gradient(dataclasses.replace(dropping, remat=policy, unroll=True)), plain, 1e-4)
     assert all(jnp.abs(x).max() > 0 for x in jax.tree.leaves(plain) if x.shape != (16,))
+
+
+def test_unrolled(model):
+    """Blocks with arrays of their own compute the same."""
+    apart = model.unrolled()
+    assert len(apart.blocks) == 3
+    assert apart.blocks[1].gamma1[...].shape == (16,)
+    close(apart(IMAGES), model(IMAGES), 1e-5)
+    layers = {"layers": [0, 2], "norm": False}
+    close(apart.features(IMAGES, **layers), model.features(IMAGES, **layers), 1e-5)
+    close(apart.attention_maps(IMAGES, 1), model.attention_maps(IMAGES, 1), 1e-6)
+    assert len(apart.unrolled().blocks) == 3
 
 
 def test_drop_path_of_rows():
