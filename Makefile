@@ -19,7 +19,7 @@ help: ## show this
 	@echo "  PYTHON=python3.12 chooses the interpreter, VENV=.venv the environment."
 
 # Those that compare on any machine; benchmarks.gpu and benchmarks.tune need an accelerator.
-BENCHMARKS := linear_scan nearest_centroid recurrentgemma t5gemma curation
+BENCHMARKS := linear_scan nearest_centroid recurrentgemma t5gemma curation dino
 
 # Each stamp says that an extra is installed in $(VENV) as pyproject.toml and the constraints ask.
 SOURCES := pyproject.toml $(wildcard .ci/constraints-*.txt)

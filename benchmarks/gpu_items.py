@@ -75,7 +75,7 @@ def sections() -> dict[str, tuple[float, Callable[[bool], Iterator[Item]]]]:
     kernels = {
         name: (shares[name], functools.partial(_kernel_items, name)) for name in workloads.KERNELS
     }
-    return {**kernels, "recurrentgemma": (0.38, _model_items)}
+    return {**kernels, "dino": (0.12, _dino_items), "recurrentgemma": (0.26, _model_items)}
 
 
 # --- Kernels ---
@@ -120,6 +120,50 @@ def _difference(workload: workloads.Workload, results: list[jax.Array]) -> str:
     program, operands = workload.prepare(workload.ours("xla"))
     error = workloads.error(results, jax.jit(program)(*operands))
     return f"{'off' if error < _WRONG else 'WRONG'} by {error:.0e}"
+
+
+# --- DINOv2: features, and the trainer's step ---
+
+
+def _dino_items(tiny: bool) -> Iterator[Item]:
+    # Images need Pillow: where it is missing, this section fails alone.
+    from benchmarks.peers import dino_tenfold
+    from benchmarks.peers.dino_workload import Setting
+
+    settings = [
+        Setting("features", "l", "bfloat16", 64, 224),
+        Setting("features", "l", "bfloat16", 16, 518),
+        Setting("train", "l", "bfloat16", 32, 224, drop_path=0.4),
+    ]
+    if tiny:
+        settings = [Setting(task, "tiny", "float32", 2, 56) for task in ("features", "train")]
+    tenfold = functools.cache(lambda: dino_tenfold.Tenfold(prototypes=16 if tiny else 65_536))
+    for setting in settings:
+        yield Item(
+            f"DINOv2 ViT-{setting.model.upper()} {setting.name} [{setting.batch}, {setting.size}²] "
+            f"{setting.dtype}",
+            OURS,
+            functools.partial(_measure_dino, setting, tenfold, tiny),
+        )
+
+
+def _measure_dino(setting: Any, tenfold: Callable[[], Any], tiny: bool) -> Result:
+    from benchmarks.peers import dino_workload
+
+    ours = tenfold()
+    if setting.task == "train":
+        batch = dino_workload.training_batch(setting)
+        run = ours.prepare_train(setting, ours.fresh_params(setting), batch)
+    else:
+        run = ours.prepare_features(setting, None, dino_workload.images(setting))
+    seconds = statistics.median(run() for _ in range(2 if tiny else 7))
+    least = harness.least_seconds(ours.flops(setting), 0)
+    return Result(
+        seconds=seconds,
+        rate=f"{setting.batch / seconds:,.1f} images/s",
+        share=least and least / seconds,
+        note="share: MFU",
+    )
 
 
 # --- RecurrentGemma: the programs of generation and training ---

@@ -9,18 +9,20 @@ import jax.numpy as jnp
 from benchmarks.peers.contender import Run
 from common.sharding import MeshConfig, make_mesh
 from common.train import Batch, Task
-from common.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from common.train.optimizer import OptimizerConfig, learning_rate
 from common.train.state import ModelParts, abstract_train_state, init_state, shardings_of
 from common.train.step import make_train_step
 
 _STEPS = 10_000
 
 
-def trainer_step(task: Task, params: dict[str, Any], batch: Batch) -> Run:
+def trainer_step(
+    task: Task, params: dict[str, Any], batch: Batch, settings: OptimizerConfig | None = None
+) -> Run:
     """Returns one step of AdamW on `batch`, from a copy of `params`."""
     parts = ModelParts(task, seed=0)
-    settings = OptimizerConfig(schedule="constant")
-    optimizer = make_optimizer(settings, _STEPS, parts.decays)
+    settings = settings or OptimizerConfig(schedule="constant")
+    optimizer = parts.optimizer(settings, _STEPS)
     # One device: the peers know no other.
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     abstract = abstract_train_state(parts, optimizer, mesh)
