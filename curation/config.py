@@ -35,7 +35,7 @@ def web() -> PoolConfig:
     """Returns a billion images of width 1024 with the paper's four levels.
 
     10 million clusters in two steps, then 500,000, 50,000 and 10,000 with nine resamplings each.
-    Command: `python -m common.plan --package=curation --config=web --target=v5p:4x4x8`. Hardware:
+    Command: `python -m common.plan --package=curation --config=web --topology=v5p:4x4x8`. Hardware:
     a pod. Result: memory, FLOPs, least time and communication of a pass of every level.
     """
     levels = HierarchyConfig(

@@ -1,6 +1,7 @@
 """`kmeans` beside scikit-learn's: the same iterations, as good results; any mesh, any chunks."""
 
 import functools
+import importlib.util
 
 import jax
 import numpy as np
@@ -71,14 +72,24 @@ def test_iterations_equal_those_of_scikit_learn(name, precision, one_device):
 
 
 @pytest.mark.parametrize("name", sorted(DATA))
-def test_as_good_as_scikit_learn(name, one_device):
+def test_as_good_as_the_best_of_scikit_learn_and_faiss(name, one_device):
+    """Eight starts and thirty iterations each; faiss takes part where it is installed."""
     x = DATA[name]()
-    fits = [
-        cluster.KMeans(40, n_init=1, max_iter=30, tol=0, random_state=seed).fit(x.astype("f8"))
-        for seed in range(3)
-    ]
-    have = curation.kmeans(x, 40, iterations=30, tolerance=0, restarts=3, mesh=one_device)
-    assert have.inertia <= 1.01 * np.median([fit.inertia_ for fit in fits])
+    fit = cluster.KMeans(40, n_init=8, max_iter=30, tol=0, random_state=0).fit(x.astype("f8"))
+    best = fit.inertia_
+    if importlib.util.find_spec("faiss") is not None:
+        import faiss
+
+        rows = np.ascontiguousarray(x, np.float32)
+        other = faiss.Kmeans(
+            x.shape[1], 40, niter=30, nredo=8, seed=1,
+            max_points_per_centroid=len(x), min_points_per_centroid=1,
+        )  # fmt: skip
+        other.train(rows)
+        apart = np.square(rows[:, None].astype("f8") - other.centroids).sum(axis=2)
+        best = min(best, apart.min(axis=1).sum())
+    have = curation.kmeans(x, 40, iterations=30, tolerance=0, restarts=8, mesh=one_device)
+    assert have.inertia <= 1.01 * best
 
 
 @pytest.fixture(scope="module")

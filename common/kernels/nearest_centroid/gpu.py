@@ -39,17 +39,31 @@ def search(
     shape = {"N": x.shape[0], "K": c.shape[0], "D": x.shape[1]}
     default = _BLOCKS if x.dtype.itemsize == 2 else _FLOAT32_BLOCKS
     blocks = tuning.blocks(Path(__file__).parent, "forward", x.dtype, shape, default)
-    return _search(x, c, half, tuple(blocks[name] for name in _BLOCKS), interpret)
+    index, score = _search(x, c, half, tuple(blocks[name] for name in _BLOCKS), interpret)
+    return index, score
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
+def search_two(
+    x: jax.Array, c: jax.Array, half: jax.Array, *, interpret: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `xla.search_two`."""
+    shape = {"N": x.shape[0], "K": c.shape[0], "D": x.shape[1]}
+    default = _BLOCKS if x.dtype.itemsize == 2 else _FLOAT32_BLOCKS
+    blocks = tuning.blocks(Path(__file__).parent, "forward", x.dtype, shape, default)
+    sizes = tuple(blocks[name] for name in _BLOCKS)
+    index, score, following = _search(x, c, half, sizes, interpret, True)
+    return index, score, following
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _search(
     x: jax.Array,
     c: jax.Array,
     half: jax.Array,
     blocks: tuple[int, int, int, int, int],
     interpret: bool,
-) -> tuple[jax.Array, jax.Array]:
+    two: bool = False,
+) -> tuple[jax.Array, ...]:
     total, width = x.shape
     rows, centroids, depth = (
         max(_LEAST, min(most, pl.next_power_of_2(size)))
@@ -59,7 +73,7 @@ def _search(
     parts = min(centroid_blocks, pl.cdiv(_PROGRAMS, row_blocks))
     of_part = pl.cdiv(centroid_blocks, parts)  # blocks of centroids
     parts = pl.cdiv(centroid_blocks, of_part)
-    index, score = pl.pallas_call(
+    index, score, *following = pl.pallas_call(
         functools.partial(
             _kernel,
             rows=rows,
@@ -67,10 +81,11 @@ def _search(
             depth=depth,
             of_part=of_part,
             interpret=interpret,
+            two=two,
         ),
-        out_shape=(
-            jax.ShapeDtypeStruct((parts, total), jnp.int32),
-            jax.ShapeDtypeStruct((parts, total), jnp.float32),
+        out_shape=tuple(
+            jax.ShapeDtypeStruct((parts, total), dtype)
+            for dtype in (jnp.int32, *[jnp.float32] * (1 + two))
         ),
         grid=(row_blocks, parts),
         compiler_params=plgpu.CompilerParams(num_warps=blocks[3], num_stages=blocks[4]),
@@ -78,12 +93,14 @@ def _search(
         name="nearest_centroid",
     )(x, c, half)
     if parts == 1:
-        return index[0], score[0]
+        return index[0], score[0], *(after[0] for after in following)
     # The first of equal parts holds the lower indices.
     best = jnp.argmin(score, axis=0, keepdims=True)
+    others = jnp.arange(parts)[:, None] != best
     return (
         jnp.take_along_axis(index, best, axis=0)[0],
         jnp.take_along_axis(score, best, axis=0)[0],
+        *(jnp.min(jnp.where(others, score, after), axis=0) for after in following),
     )
 
 
@@ -91,23 +108,23 @@ def _kernel(
     x_ref: Any,
     c_ref: Any,
     half_ref: Any,
-    index_ref: Any,
-    score_ref: Any,
-    *,
+    *refs: Any,
     rows: int,
     centroids: int,
     depth: int,
     of_part: int,
     interpret: bool,
+    two: bool,
 ) -> None:
     """One block of rows against one part of the centroids.
 
     Args:
       x_ref, c_ref, half_ref: `[N, D]`, `[K, D]`, `[K]`.
-      index_ref, score_ref: results, `[parts, N]`.
+      refs: results, `[parts, N]`: index, score and, with `two`, the following one.
       rows, centroids, depth: sizes of a block.
       of_part: blocks of centroids in a part.
       interpret: whether this runs in the interpreter.
+      two: whether the next higher score is wanted.
     """
     (total, width), count = x_ref.shape, c_ref.shape[0]
     part = pl.program_id(1)
@@ -117,8 +134,8 @@ def _kernel(
     zero = 0 * part
     kept = _load(x_ref, here, zero, in_rows, depth) if width <= depth else None
 
-    def step(k: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        index, best = found
+    def step(k: jax.Array, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        index, best, *following = found
         there = pl.ds((part * of_part + k) * centroids, centroids)
         in_centroids = _within(there, centroids, count)
 
@@ -139,13 +156,18 @@ def _kernel(
         low = jnp.min(scores, axis=1)
         places = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
         at = jnp.min(jnp.where(scores == low[:, None], places, centroids), axis=1)
+        if two:
+            behind = jnp.min(jnp.where(places == at[:, None], jnp.inf, scores), axis=1)
+            behind = jnp.minimum(behind, jnp.maximum(low, best))
+            following = [jnp.minimum(after, behind) for after in following]
         less = low < best
-        return jnp.where(less, there.start + at, index), jnp.where(less, low, best)
+        return jnp.where(less, there.start + at, index), jnp.where(less, low, best), *following
 
-    none = (jnp.zeros((rows,), jnp.int32), jnp.full((rows,), jnp.inf, jnp.float32))
-    index, best = lax.fori_loop(0, of_part, step, none)
-    plgpu.store(index_ref.at[part, here], index, mask=in_rows)
-    plgpu.store(score_ref.at[part, here], best, mask=in_rows)
+    worst = jnp.full((rows,), jnp.inf, jnp.float32)
+    none = (jnp.zeros((rows,), jnp.int32), *[worst] * (1 + two))
+    found = lax.fori_loop(0, of_part, step, none)
+    for ref, of_rows in zip(refs, found, strict=True):
+        plgpu.store(ref.at[part, here], of_rows, mask=in_rows)
 
 
 def _within(block: Any, size: int, total: int) -> jax.Array:

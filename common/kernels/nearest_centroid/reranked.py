@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from common.kernels.dispatch import dispatch, unfit
 from common.kernels.nearest_centroid import nearest_centroid, xla
 
 # Rounding to bfloat16 moves a number by at most 2^-8 of it. For two scores of a row these errors
@@ -39,7 +40,15 @@ def nearest_reranked(x: jax.Array, c: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, c = jnp.asarray(x, jnp.float32), jnp.asarray(c, jnp.float32)
     half = 0.5 * jnp.sum(jnp.square(c), axis=1)
     short = x.astype(jnp.bfloat16), c.astype(jnp.bfloat16)
-    index, score, following = xla.search_two(*short, half)
+    index, score, following = dispatch(
+        "nearest_centroid",
+        None,
+        *short,
+        half,
+        xla=xla.search_two,
+        tpu=unfit("tpu", *short) or _tpu,
+        gpu=unfit("gpu", *short) or _gpu,
+    )
     margin = _MARGIN * _fourth_norm(x) * jnp.max(_fourth_norm(c))
     uncertain = ~(following - score > margin)
     between_two = functools.partial(_between_two, x, c, *short, half, score + margin)
@@ -113,3 +122,22 @@ def _among_all(x: jax.Array, c: jax.Array, rows: jax.Array) -> tuple[jax.Array]:
 
 def _fourth_norm(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.sqrt(jnp.sum(jnp.square(jnp.square(x)), axis=1)))
+
+
+# Pallas takes a while to import, and programs for a CPU alone never need it.
+
+
+def _tpu(
+    x: jax.Array, c: jax.Array, half: jax.Array, *, interpret: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    from common.kernels.nearest_centroid import tpu
+
+    return tpu.search_two(x, c, half, interpret=interpret)
+
+
+def _gpu(
+    x: jax.Array, c: jax.Array, half: jax.Array, *, interpret: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    from common.kernels.nearest_centroid import gpu
+
+    return gpu.search_two(x, c, half, interpret=interpret)

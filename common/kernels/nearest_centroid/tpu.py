@@ -39,17 +39,31 @@ def search(
     shape = {"N": x.shape[0], "K": c.shape[0], "D": x.shape[1]}
     default = _BLOCKS if x.dtype.itemsize == 2 else _FLOAT32_BLOCKS
     blocks = tuning.blocks(Path(__file__).parent, "forward", x.dtype, shape, default)
-    return _search(x, c, half, tuple(blocks[name] for name in _BLOCKS), interpret)
+    index, score = _search(x, c, half, tuple(blocks[name] for name in _BLOCKS), interpret)
+    return index, score
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
+def search_two(
+    x: jax.Array, c: jax.Array, half: jax.Array, *, interpret: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `xla.search_two`; one comparison and two selections a score more."""
+    shape = {"N": x.shape[0], "K": c.shape[0], "D": x.shape[1]}
+    default = _BLOCKS if x.dtype.itemsize == 2 else _FLOAT32_BLOCKS
+    blocks = tuning.blocks(Path(__file__).parent, "forward", x.dtype, shape, default)
+    sizes = tuple(blocks[name] for name in _BLOCKS)
+    index, score, following = _search(x, c, half, sizes, interpret, True)
+    return index, score, following
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _search(
     x: jax.Array,
     c: jax.Array,
     half: jax.Array,
     blocks: tuple[int, int, int, int],
     interpret: bool,
-) -> tuple[jax.Array, jax.Array]:
+    two: bool = False,
+) -> tuple[jax.Array, ...]:
     total, width = x.shape
     most_rows, most_centroids, most_depth, part = blocks
     rows = min(most_rows, _round_up(total, _LANES))
@@ -62,22 +76,20 @@ def _search(
     half = jnp.pad(half, (0, grid[1] * centroids - c.shape[0]), constant_values=jnp.inf)
     row_vector = pl.BlockSpec((1, rows), lambda n, k, d: (0, n))
     per_lane = (rows, _LANES)
-    scratch = [pltpu.VMEM(per_lane, jnp.int32), pltpu.VMEM(per_lane, jnp.float32)]
+    scores = [jnp.float32] * (1 + two)
+    scratch = [pltpu.VMEM(per_lane, dtype) for dtype in (jnp.int32, *scores)]
     if grid[2] > 1:
         scratch.append(pltpu.VMEM((rows, centroids), jnp.float32))
-    index, score = pl.pallas_call(
-        functools.partial(_kernel, width=width, part=math.gcd(part, rows)),
-        out_shape=(
-            jax.ShapeDtypeStruct((1, total), jnp.int32),
-            jax.ShapeDtypeStruct((1, total), jnp.float32),
-        ),
+    found = pl.pallas_call(
+        functools.partial(_kernel, width=width, part=math.gcd(part, rows), two=two),
+        out_shape=tuple(jax.ShapeDtypeStruct((1, total), dtype) for dtype in (jnp.int32, *scores)),
         grid=grid,
         in_specs=[
             pl.BlockSpec((rows, depth), lambda n, k, d: (n, d)),
             pl.BlockSpec((centroids, depth), lambda n, k, d: (k, d)),
             pl.BlockSpec((1, centroids), lambda n, k, d: (0, k)),
         ],
-        out_specs=(row_vector, row_vector),
+        out_specs=(row_vector,) * (2 + two),
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=_VMEM
@@ -90,45 +102,47 @@ def _search(
         interpret=interpret,
         name="nearest_centroid",
     )(x, c, half[None])
-    return index[0], score[0]
+    return tuple(of_rows[0] for of_rows in found)
 
 
 def _kernel(
     x_ref: Any,
     c_ref: Any,
     half_ref: Any,
-    index_ref: Any,
-    score_ref: Any,
-    slot_ref: Any,
-    best_ref: Any,
-    products_ref: Any = None,
-    *,
+    *refs: Any,
     width: int,
     part: int,
+    two: bool,
 ) -> None:
     """One block of rows against one block of centroids, over one block of dimensions.
 
     Args:
       x_ref, c_ref: `[rows, depth]`, `[centroids, depth]`.
       half_ref: `[1, centroids]`.
-      index_ref, score_ref: results, `[1, rows]`.
-      slot_ref, best_ref: the least score of each lane so far, `[rows, 128]`, and which 128
-        centroids it is from.
-      products_ref: `[rows, centroids]`, where dimensions come in several blocks.
+      refs: results, `[1, rows]`: index, score and, with `two`, the following one; of each lane so
+        far, `[rows, 128]`, which 128 centroids its least score is from, that score and, with `two`,
+        the following one; products `[rows, centroids]`, where dimensions come in several blocks.
       width: of a whole row.
       part: rows multiplied at a time.
+      two: whether the next higher score is wanted.
     """
+    results = 2 + two
+    index_ref, score_ref, *following_ref = refs[:results]
+    slot_ref, best_ref, *next_ref = refs[results : 2 * results]
+    lane_refs = refs[results : 2 * results]
+    products_ref = refs[2 * results] if len(refs) > 2 * results else None
     k, d = pl.program_id(1), pl.program_id(2)
 
     @pl.when((k == 0) & (d == 0))
     def _start() -> None:
         slot_ref[...] = jnp.zeros_like(slot_ref)
-        best_ref[...] = jnp.full_like(best_ref, jnp.inf)
+        for ref in (best_ref, *next_ref):
+            ref[...] = jnp.full_like(ref, jnp.inf)
 
     if products_ref is None:
         for first in range(0, x_ref.shape[0], part):
             rows = pl.ds(first, part)
-            _compare(_product(x_ref[rows], c_ref[...]), half_ref, slot_ref, best_ref, rows, k)
+            _compare(_product(x_ref[rows], c_ref[...]), half_ref, lane_refs, rows, k)
     else:
         rest = width - d * x_ref.shape[1] if width % x_ref.shape[1] else None
         for first in range(0, x_ref.shape[0], part):
@@ -140,7 +154,7 @@ def _kernel(
         def _compare_all() -> None:
             for first in range(0, x_ref.shape[0], part):
                 rows = pl.ds(first, part)
-                _compare(products_ref[rows], half_ref, slot_ref, best_ref, rows, k)
+                _compare(products_ref[rows], half_ref, lane_refs, rows, k)
 
     @pl.when((k == pl.num_programs(1) - 1) & (d == pl.num_programs(2) - 1))
     def _finish() -> None:
@@ -152,21 +166,28 @@ def _kernel(
             jnp.where(best == low, index, jnp.iinfo(jnp.int32).max), axis=0, keepdims=True
         )
         score_ref[...] = low
+        if two:  # Of the winner's lane the one behind it, of all others their least.
+            following = jnp.where(index == index_ref[...], next_ref[0][...].T, best)
+            following_ref[0][...] = jnp.min(following, axis=0, keepdims=True)
 
 
 def _compare(
-    products: jax.Array, half_ref: Any, slot_ref: Any, best_ref: Any, rows: Any, k: jax.Array
+    products: jax.Array, half_ref: Any, lane_refs: tuple[Any, ...], rows: Any, k: jax.Array
 ) -> None:
     """Lets `[part, centroids]` products of one block of centroids into the running minimum."""
-    slot, best = slot_ref[rows], best_ref[rows]
+    slot, best, *following = (ref[rows] for ref in lane_refs)
     slots = products.shape[1] // _LANES
     for j in range(slots):
         lanes = slice(j * _LANES, (j + 1) * _LANES)
         scores = half_ref[:, lanes] - products[:, lanes]
         less = scores < best  # False for a NaN
         slot = jnp.where(less, k * slots + j, slot)
+        following = [
+            jnp.where(less, best, jnp.where(scores < after, scores, after)) for after in following
+        ]
         best = jnp.where(less, scores, best)
-    slot_ref[rows], best_ref[rows] = slot, best
+    for ref, of_lanes in zip(lane_refs, (slot, best, *following), strict=True):
+        ref[rows] = of_lanes
 
 
 def _product(x: jax.Array, c: jax.Array) -> jax.Array:

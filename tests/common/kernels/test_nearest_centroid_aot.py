@@ -8,6 +8,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from common.kernels import nearest_centroid
+from common.kernels.nearest_centroid.reranked import nearest_reranked
 from common.sharding import compile_for, per_shard, topology, use_mesh
 
 pytestmark = pytest.mark.compile
@@ -68,3 +69,18 @@ def test_ragged_shapes_under_vmap(name, shape):
     )
     compiled = compile_for(where, jax.vmap(nearest_centroid), *operands)
     assert KERNEL[where.platform] in compiled.as_text()
+
+
+@pytest.mark.parametrize("name", ["v5e:1x1", "h100:1"])
+def test_the_reranked_search_runs_the_kernel(name):
+    where = topology(name)
+    alone = SingleDeviceSharding(where.devices[0])
+    rows, centroids = 4096, 10_000
+    operands = (
+        jax.ShapeDtypeStruct((rows, WIDTH), jnp.float32, sharding=alone),
+        jax.ShapeDtypeStruct((centroids, WIDTH), jnp.float32, sharding=alone),
+    )
+    text = compile_for(where, nearest_reranked, *operands).as_text()
+    # Once with the following scores in bfloat16, once for what float32 has to decide.
+    assert text.count(f'custom_call_target="{KERNEL[where.platform]}"') == 2
+    assert f"[{rows},{centroids}]" not in text

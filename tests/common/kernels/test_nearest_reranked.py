@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common.kernels.nearest_centroid import nearest_centroid, xla
+from common.kernels.nearest_centroid import gpu, nearest_centroid, tpu, xla
 from common.kernels.nearest_centroid.reranked import (
     marked_first,
     nearest_float32,
@@ -57,15 +57,36 @@ def test_few(rows, centroids):
     np.testing.assert_allclose(distance, least, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("tile", [(64, 50), (1024, 1024), (256, 7)])
-def test_the_two_least_scores(tile):
-    x, c = draw("gaussian", 150, 120, 8)
+# Blocks smaller than the problem, none of which divide it; one part and several.
+FORMS = {
+    "xla in tiles": lambda *operands: xla.tiled(*operands, tile=(64, 50), two=True),
+    "xla whole": lambda *operands: xla.tiled(*operands, tile=(1024, 1024), two=True),
+    "xla of few centroids": lambda *operands: xla.tiled(*operands, tile=(256, 7), two=True),
+    "tpu": lambda *operands: tpu._search(*operands, (128, 128, 128, 64), True, True),
+    "gpu": lambda *operands: gpu._search(*operands, (64, 32, 16, 4, 2), True, True),
+    "gpu in one part": lambda *operands: gpu._search(*operands, (64, 256, 16, 4, 2), True, True),
+}
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
+def test_the_two_least_scores(form):
+    x, c = draw("gaussian", 150, 150, 150)
     c[7] = c[30]
     half = 0.5 * np.square(c).sum(axis=1)
-    index, score, following = xla.tiled(x, c, half, tile=tile, two=True)
+    index, score, following = FORMS[form](x, c, half)
     scores = half - x @ c.T
     np.testing.assert_array_equal(index, scores.argmin(axis=1))
-    np.testing.assert_allclose([score, following], np.sort(scores, axis=1)[:, :2].T, atol=1e-5)
+    np.testing.assert_allclose([score, following], np.sort(scores, axis=1)[:, :2].T, atol=1e-4)
+
+
+def test_the_kernels_have_two_scores_as_well():
+    x, c = (jnp.asarray(array, jnp.bfloat16) for array in draw("gaussian", 40, 20, 8))
+    half = 0.5 * jnp.sum(jnp.square(c.astype(jnp.float32)), axis=1)
+    want = xla.search_two(x, c, half)
+    for kernel in (tpu, gpu):
+        have = kernel.search_two(x, c, half, interpret=True)
+        np.testing.assert_array_equal(have[0], want[0])
+        np.testing.assert_allclose(have[1:], want[1:], atol=1e-5)
 
 
 def test_contenders(monkeypatch):
