@@ -6,12 +6,18 @@
 iterations: what they compute is the same, and checked to be. "from nothing" lets each one seed as
 it does by default; scikit-learn's mini-batches are in this table, and the inertia says at what
 price. faiss and torch take part if they are installed. Results go to `benchmarks/results/`.
+
+On a machine with other work `--clock processor` counts one thread's processor time instead of the
+wall clock: what each of them has to compute, however well it spreads that over cores.
 """
 
 import argparse
+import contextlib
 import importlib.util
+import os
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +40,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--iterations", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--same-start-only", action="store_true", help="leave seeding out")
+    parser.add_argument("--clock", choices=["wall", "processor"], default="wall")
     parser.add_argument("--output", type=Path, default=harness.RESULTS)
     parser.add_argument("--name", default="curation", help="stem of the result files")
     flags = parser.parse_args(arguments)
     try:
-        path = _run(flags)
+        with _one_thread() if flags.clock == "processor" else contextlib.nullcontext():
+            path = _run(flags)
     except UserError as error:
         print(f"benchmarks.curation: {error}", file=sys.stderr)
         return 2
@@ -68,7 +76,10 @@ def _run(flags: argparse.Namespace) -> Path:
         f"the same start: inertia agrees to {worst:.0e}",
         GOALS,
     ]
-    measured = harness.measure(same, baseline=OURS, repeats=flags.repeats, warmup=0)
+    if flags.clock == "processor":
+        notes += ["seconds of one thread's processor time, on one core"]
+    clock = time.process_time if flags.clock == "processor" else time.perf_counter
+    measured = harness.measure(same, baseline=OURS, repeats=flags.repeats, warmup=0, clock=clock)
     sections = [harness.Section("the same start", OURS, measured)]
     if flags.same_start_only:
         return harness.write_report(
@@ -77,11 +88,31 @@ def _run(flags: argparse.Namespace) -> Path:
     own = _from_nothing(x, clusters, flags.iterations)
     found = {name: run() for name, run in own.items()}
     notes += [f"from nothing: inertia of {_against(found)}"]
-    measured = harness.measure(own, baseline=OURS, repeats=flags.repeats, warmup=0)
+    measured = harness.measure(own, baseline=OURS, repeats=flags.repeats, warmup=0, clock=clock)
     sections.append(harness.Section("from nothing", OURS, measured))
     return harness.write_report(
         flags.name, "k-means", sections, notes=notes, directory=flags.output
     )
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Confines this process to one core, and libraries to one thread on it, before JAX starts."""
+    from threadpoolctl import threadpool_limits
+
+    allowed = os.sched_getaffinity(0)
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    os.sched_setaffinity(0, {max(allowed)})
+    try:
+        with threadpool_limits(1):
+            if importlib.util.find_spec("torch") is not None:
+                import torch
+
+                torch.set_num_threads(1)
+            yield
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def draw(rows: int, modes: int, width: int) -> np.ndarray:
