@@ -110,14 +110,15 @@ def smoke() -> Config:
 def cpu() -> Config:
     """Learns from real silhouettes of animals on a laptop: 0.2 M parameters, 3,000 steps.
 
-    `python -m dino.train --config=cpu --workdir=runs/dino-cpu`; TIME on 2 CPU cores. Then `python
-    -m dino.evaluate --checkpoint=runs/dino-cpu --task=knn,logistic --train=animal-scenes:train
-    --test=animal-scenes:heldout --baselines=pixels,random`: RESULT.
+    `python -m dino.train --config=cpu --workdir=runs/dino-cpu`; an estimated ten minutes on 2 CPU
+    cores. Then `python -m dino.evaluate --checkpoint=runs/dino-cpu --task=knn,logistic
+    --train=animal-scenes:train --test=animal-scenes:heldout --baselines=pixels,random`. It has not
+    been run to its end yet. By 20-NN raw pixels classify 36 % of such images and random weights
+    16 %; a model half as wide again was at 34 to 37 % after a sixth of this run's images.
 
-    The images are `animal-scenes`, of an optional package; without it, drawn shapes. What differs
-    from the paper's recipe is for a run that is a thousand times shorter and a few prototypes: the
-    teacher's temperature is lower and its momentum too, LayerScale begins at 1, and crops keep more
-    of an image that is small already.
+    The images are `animal-scenes`, of an optional package; without it, drawn shapes. For a run that
+    is a thousand times shorter than the paper's, with few prototypes, the teacher's temperature and
+    momentum are lower, LayerScale begins at 1, and crops keep more of an image that is small.
     """
     return small()
 
