@@ -166,7 +166,7 @@ def smoke() -> ReproduceConfig:
     worth; the other comparisons are within the noise of so small models.
     """
     # One training for all, so that models of one shape share their compiled step.
-    train = _training(steps=90, batch_size=16, learning_rate=6e-3, warmup_steps=5)
+    train = _training(steps=72, batch_size=16, learning_rate=6e-3, warmup_steps=5)
     return ReproduceConfig(
         main=BenchConfig(
             donor=DonorConfig(model=_shape(vocab_size=512, width=48, layers=3), train=train),
@@ -177,13 +177,13 @@ def smoke() -> ReproduceConfig:
                 encoder_length=48,
                 decoder_length=48,
                 spare_tokens=16,
-                tokenizer_characters=300_000,
+                tokenizer_characters=200_000,
             ),
             train=train,
             scored_tokens=3008,
             generated=16,
         ),
-        from_scratch=FromScratchConfig(warmup=10),
+        from_scratch=FromScratchConfig(warmup=8),
         objectives=ObjectivesConfig(
             classes=5,
             texts=500,
@@ -192,7 +192,7 @@ def smoke() -> ReproduceConfig:
                 learning_rates=(3e-3,),
                 batch_sizes=(32,),
                 dropouts=(0.0,),
-                epochs=4,
+                epochs=3,
                 evaluations=2,
                 max_length=48,
             ),
@@ -201,7 +201,7 @@ def smoke() -> ReproduceConfig:
         timing=TimingConfig(repeats=5),
         unbalanced=UnbalancedConfig(
             small=DonorConfig(model=_shape(vocab_size=512, width=32, layers=2), train=train),
-            warmups=(0, 10, 60),
+            warmups=(0, 8, 48),
         ),
     )
 
