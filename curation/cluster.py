@@ -20,7 +20,7 @@ from curation.hierarchy import HierarchyConfig, cluster_levels
 from curation.hierarchy_files import is_hierarchy, load, save
 from curation.inputs import open_row_numbers, open_rows
 from curation.kmeans import KMeansConfig
-from curation.outputs import prepare_output
+from curation.outputs import output_folder
 from curation.plots import sizes_figure
 from curation.reference_files import read_reference_config
 
@@ -89,7 +89,11 @@ COLUMN = flags.DEFINE_string("column", "embedding", "of Parquet files", **_own)
 
 def _main(run: Run) -> None:
     config, subset_file = _config()
-    folder = prepare_output(OUTPUT.value)
+    with output_folder(OUTPUT.value) as folder:
+        _cluster(folder, config, subset_file)
+
+
+def _cluster(folder: Path, config: HierarchyConfig, subset_file: str | None) -> None:
     if is_hierarchy(folder):
         raise UserError(f"--output: {folder} holds clusters already; nothing is written over")
     rows = open_rows(EMBEDDINGS.value, folder, COLUMN.value)

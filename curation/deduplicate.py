@@ -12,7 +12,7 @@ from common.launch import Figure, Line, Run, Table, launch, write_report
 from curation.deduplication import decontaminate, duplicate_components
 from curation.hierarchy_files import load
 from curation.inputs import open_rows
-from curation.outputs import prepare_output, write_outputs
+from curation.outputs import output_folder, write_outputs
 from curation.progress import progress_bar
 
 EXAMPLES = [
@@ -48,7 +48,11 @@ COLUMN = flags.DEFINE_string("column", "embedding", "of Parquet files", **_own)
 
 
 def _main(run: Run) -> None:
-    folder = prepare_output(OUTPUT.value, KEPT, COMPONENTS)
+    with output_folder(OUTPUT.value, KEPT, COMPONENTS) as folder:
+        _deduplicate(folder)
+
+
+def _deduplicate(folder: Path) -> None:
     x = open_rows(EMBEDDINGS.value, folder, COLUMN.value)
     references = [open_rows(path, folder, COLUMN.value) for path in REFERENCES.value or ()]
     groups = None

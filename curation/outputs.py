@@ -1,8 +1,9 @@
 """The folder that a command writes: arrays are whole or not there, and nothing is written over."""
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from common.errors import UserError
 from curation.hierarchy_files import write_array
 
 
-def prepare_output(path: str, *names: str) -> Path:
-    """Makes the output folder.
+@contextlib.contextmanager
+def output_folder(path: str, *names: str) -> Iterator[Path]:
+    """Makes the output folder, and takes it away again if a mistake leaves it empty.
 
     Raises:
       UserError: it cannot be made, or one of `names` is in it already.
     """
     folder = Path(path).expanduser()
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -27,7 +30,13 @@ def prepare_output(path: str, *names: str) -> Path:
     for name in names:
         if (folder / name).exists():
             raise UserError(f"--output: {folder / name} exists; nothing is written over")
-    return folder
+    try:
+        yield folder
+    except UserError:
+        with contextlib.suppress(OSError):  # Something is in it, or another process was first.
+            for each in made:
+                each.rmdir()
+        raise
 
 
 def write_outputs(

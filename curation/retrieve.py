@@ -11,7 +11,7 @@ from common.errors import UserError
 from common.launch import Run, launch
 from curation.hierarchy_files import load
 from curation.inputs import open_rows
-from curation.outputs import prepare_output, write_outputs
+from curation.outputs import output_folder, write_outputs
 from curation.progress import progress_bar
 from curation.retrieval import retrieve_clusters
 from curation.similarity import nearest_neighbours
@@ -49,7 +49,11 @@ COLUMN = flags.DEFINE_string("column", "embedding", "of Parquet files", **_own)
 
 
 def _main(run: Run) -> None:
-    folder = prepare_output(OUTPUT.value, RETRIEVED, NEIGHBOURS, SIMILARITIES)
+    with output_folder(OUTPUT.value, RETRIEVED, NEIGHBOURS, SIMILARITIES) as folder:
+        _retrieve(folder)
+
+
+def _retrieve(folder: Path) -> None:
     queries = open_rows(QUERIES.value, folder, COLUMN.value)
     pool = open_rows(EMBEDDINGS.value, folder, COLUMN.value)
     settings: dict[str, Any] = {"queries": len(queries), "pool": len(pool)}

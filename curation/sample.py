@@ -19,7 +19,7 @@ from curation.balance import (
 from curation.clusters import Hierarchy
 from curation.hierarchy_files import is_hierarchy, load
 from curation.inputs import open_labels, open_row_numbers, open_rows, shown_rows
-from curation.outputs import prepare_output, write_outputs
+from curation.outputs import output_folder, write_outputs
 from curation.page import sampled_groups, write_page
 from curation.plots import balance_figure, draw_map, sizes_figure
 from curation.sampling import balanced_sample, flat_sample
@@ -70,7 +70,11 @@ TEXTS = flags.DEFINE_string("texts", None, "the texts embedded, to show some", *
 
 
 def _main(run: Run) -> None:
-    folder = prepare_output(OUTPUT.value, SELECTED)
+    with output_folder(OUTPUT.value, SELECTED) as folder:
+        _sample(folder)
+
+
+def _sample(folder: Path) -> None:
     hierarchy = load(Path(CLUSTERS.value or OUTPUT.value).expanduser())
     points = hierarchy.num_points
     subset = open_row_numbers(SUBSET.value) if SUBSET.value is not None else np.arange(points)

@@ -129,6 +129,7 @@ def test_mistakes_are_named(embeddings, tmp_path, more, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_killed_and_taken_up_again(embeddings, reference, tmp_path):

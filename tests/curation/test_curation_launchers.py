@@ -112,7 +112,8 @@ def test_sample_refuses(folder, capsys):
     assert "embeddings are floating" in told(
         clusters, "--size=3", f"--embeddings={folder}/labels.npy"
     )
-    assert not (folder / "x" / "selected.npy").exists()
+    assert not (folder / "x").exists()
+    (folder / "x").mkdir()
     (folder / "x" / "selected.npy").write_bytes(b"mine")
     assert "nothing is written over" in told(clusters, "--size=3")
 
