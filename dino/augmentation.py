@@ -17,7 +17,6 @@ from common.data.image_transforms import (
 
 # How often the first and second global crop and the local ones are blurred.
 BLUR = {"as_trained": (0.0, 0.9, 0.5), "intended": (1.0, 0.1, 0.5)}
-SIGMA = (0.1, 2.0)  # Of the blur, in pixels.
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,8 @@ class CropConfig:
         blur: How often crops are blurred: first global, second global, local. "as_trained" is
             0, 0.9 and 0.5, which the published weights have seen; "intended" is 1, 0.1 and 0.5,
             which the recipe describes and the reference's code inverts.
+        blur_sigma: Least and largest deviation of the blur in pixels; the paper's is for crops of
+            224 pixels, of which two are little.
         solarize: Probability, for the second global crop, that values from 128 up are inverted.
     """
 
@@ -56,6 +57,7 @@ class CropConfig:
     hue: float = 0.1
     grayscale: float = 0.2
     blur: Literal["as_trained", "intended"] = "as_trained"
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize: float = 0.2
 
     def __post_init__(self) -> None:
@@ -66,6 +68,8 @@ class CropConfig:
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
                 raise ValueError(f"{name} {low}, {high} is not two ascending shares of an area")
+        if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
+            raise ValueError(f"blur_sigma {self.blur_sigma} is not two ascending numbers above 0")
         if not 0 < self.aspect[0] <= self.aspect[1]:
             raise ValueError(f"aspect {self.aspect} is not two ascending numbers above 0")
         if min(self.global_size, self.local_size) < 5 or self.local_crops < 0:
@@ -108,7 +112,7 @@ class MultiCrop:
         if rng.random() < config.grayscale:
             image = grayscale(image)
         if rng.random() < view.blur:
-            image = gaussian_blur(image, rng.uniform(*SIGMA))
+            image = gaussian_blur(image, rng.uniform(*config.blur_sigma))
         if rng.random() < view.solarize:
             image = solarize(image)
         return np.asarray(image)

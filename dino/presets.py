@@ -141,6 +141,7 @@ def small(steps: int = 3_000, batch_size: int = 64, size: int = 32) -> Config:
         saturation=0.0,
         hue=0.0,
         grayscale=0.0,
+        blur_sigma=(0.1, 0.4),
     )
     if images.kind == "shapes":  # Whose colours would be all that is learnt.
         crops = dataclasses.replace(crops, saturation=0.4, hue=0.5, grayscale=0.5)

@@ -44,6 +44,7 @@ def test_paper_defaults():
         0.4, 0.4, 0.2, 0.1,
     )  # fmt: skip
     assert config.blur == "as_trained"
+    assert config.blur_sigma == (0.1, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -129,3 +130,22 @@ def test_all_off_is_a_resized_crop(image):
 def test_wrong_values_are_refused(wrong):
     with pytest.raises(ValueError):
         CropConfig(**wrong)
+
+
+def test_the_blur_is_as_strong_as_configured(monkeypatch, image):
+    seen = []
+
+    def blurred(picture, sigma):
+        seen.append(sigma)
+        return picture
+
+    monkeypatch.setattr(augmentation, "gaussian_blur", blurred)
+    config = CropConfig(
+        global_size=8, local_size=8, local_crops=2, blur="intended", blur_sigma=(0.3, 0.4)
+    )
+    for seed in range(20):
+        MultiCrop(config)(np.random.default_rng(seed), image)
+    assert len(seen) > 20
+    assert 0.3 <= min(seen) < max(seen) <= 0.4
+    with pytest.raises(ValueError, match="blur_sigma"):
+        CropConfig(blur_sigma=(2.0, 0.1))
