@@ -131,22 +131,27 @@ class ReproduceConfig:
 def smoke() -> ReproduceConfig:
     """Every experiment once, too short for most outcomes: shows that everything runs.
 
-    `python -m dino.reproduce --config=smoke --workdir=runs/dino-reproduce-smoke`; 2 CPU cores, at
-    most two minutes.
+    `python -m dino.reproduce --config=smoke --workdir=runs/dino-reproduce-smoke`; 2 CPU cores, an
+    estimated two minutes, most of them compilation. The student is as large as its teacher, so that
+    there is less to compile.
     """
-    run = small(steps=80, batch_size=32)
-    backbone = dataclasses.replace(run.model.backbone, width=48, num_layers=2, num_heads=2)
+    run = small(steps=50, batch_size=32)
+    shape = StudentConfig(width=48, num_layers=2, num_heads=2)
+    backbone = dataclasses.replace(run.model.backbone, **dataclasses.asdict(shape))
     head = dataclasses.replace(run.model.dino_head, prototypes=64, bottleneck=32, hidden=64)
     model = dataclasses.replace(run.model, backbone=backbone, dino_head=head, ibot_head=head)
-    images = dataclasses.replace(run.data.images, drawn_count=2_000)
+    images = dataclasses.replace(run.data.images, drawn_count=1_200)
     return ReproduceConfig(
         run=dataclasses.replace(
-            run, model=model, data=dataclasses.replace(run.data, images=images)
+            run,
+            model=model,
+            data=dataclasses.replace(run.data, images=images),
+            train=dataclasses.replace(run.train, checkpoint_every=25),
         ),
-        resolution=ResolutionConfig(size=64, steps=15, batch_size=32),
-        student=StudentConfig(width=32, num_layers=1, num_heads=2),
+        resolution=ResolutionConfig(size=64, steps=10, batch_size=32),
+        student=shape,
         scores=ScoresConfig(
-            train_images=1_000, test_images=300, dense_images=(100, 50), neighbours=10
+            train_images=600, test_images=200, dense_images=(60, 40), neighbours=10
         ),
     )
 
