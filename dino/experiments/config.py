@@ -159,8 +159,8 @@ def smoke() -> ReproduceConfig:
 def cpu() -> ReproduceConfig:
     """Every arm for 1,200 steps of 64 images.
 
-    `python -m dino.reproduce --config=cpu --workdir=runs/dino-reproduce-cpu`; 2 CPU cores, at most
-    half an hour.
+    `python -m dino.reproduce --config=cpu --workdir=runs/dino-reproduce-cpu`; meant for half an
+    hour on 2 CPU cores, not run to its end yet.
     """
     return ReproduceConfig(
         run=small(steps=1_200),

