@@ -121,7 +121,7 @@ def cpu() -> Config:
     is a thousand times shorter than the paper's, with few prototypes, the teacher's temperature and
     momentum are lower, LayerScale begins at 1, and crops keep more of an image that is small.
     """
-    return small()
+    return small(8_000)
 
 
 def small(steps: int = 3_000, batch_size: int = 64, size: int = 32) -> Config:
@@ -145,7 +145,7 @@ def small(steps: int = 3_000, batch_size: int = 64, size: int = 32) -> Config:
     )
     if images.kind == "shapes":  # Whose colours would be all that is learnt.
         crops = dataclasses.replace(crops, saturation=0.4, hue=0.5, grayscale=0.5)
-    head = HeadConfig(prototypes=128, bottleneck=64, hidden=256)
+    head = HeadConfig(prototypes=32, bottleneck=64, hidden=256)
     backbone = ViTConfig(
         width=64,
         num_layers=3,

@@ -1,6 +1,7 @@
 """Scores of a T5Gemma: how well it continues text, and how near its answers come to references."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -113,24 +114,32 @@ def _row_losses(model: T5Gemma, encoder: np.ndarray, targets: np.ndarray, batch:
     graphdef, state = nnx.split(model)
     start = np.full((len(targets), 1), model.config.bos_token, np.int32)
     decoder = np.concatenate([start, targets[:, :-1]], axis=1)
-
-    @jax.jit
-    def losses(state: Any, encoder: jax.Array, decoder: jax.Array, targets: jax.Array) -> jax.Array:
-        model = nnx.merge(graphdef, state)
-        hidden = model.hidden(
-            encoder,
-            decoder,
-            encoder_valid=jnp.ones(encoder.shape, bool),
-            decoder_valid=jnp.ones(decoder.shape, bool),
-        )
-        return model.nll(hidden, targets, LOSS_CHUNK)
-
     extra = ((0, -len(targets) % batch), (0, 0))
     padded = [np.pad(x, extra, mode="edge") for x in (encoder, decoder, targets)]
     parts = [
-        losses(state, *(x[i : i + batch] for x in padded)) for i in range(0, len(padded[0]), batch)
+        _losses(graphdef, state, *(x[i : i + batch] for x in padded))
+        for i in range(0, len(padded[0]), batch)
     ]
     return np.concatenate([np.asarray(part, np.float64) for part in parts])[: len(targets)]
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")  # Models of one shape share the program.
+def _losses(
+    graphdef: nnx.GraphDef[T5Gemma],
+    state: nnx.State,
+    encoder: jax.Array,
+    decoder: jax.Array,
+    targets: jax.Array,
+) -> jax.Array:
+    """`[B, S]`, `[B, T]`, `[B, T]` -> `[B, T]` nats."""
+    model = nnx.merge(graphdef, state)
+    hidden = model.hidden(
+        encoder,
+        decoder,
+        encoder_valid=jnp.ones(encoder.shape, bool),
+        decoder_valid=jnp.ones(decoder.shape, bool),
+    )
+    return model.nll(hidden, targets, LOSS_CHUNK)
 
 
 @dataclasses.dataclass(frozen=True)

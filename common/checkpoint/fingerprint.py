@@ -12,16 +12,15 @@ import jax.numpy as jnp
 
 
 def fingerprints(leaves: dict[str, jax.Array]) -> dict[str, int]:
-    """Returns a 32-bit checksum for every named array; one compiled pass over all of them."""
-    values = jax.device_get(_fingerprints(leaves))
-    return {name: int(value) for name, value in values.items()}
+    """Returns a 32-bit checksum for every named array.
+
+    Arrays of one shape share a program, whatever tree they are of.
+    """
+    values = {name: _fingerprint(leaf) for name, leaf in leaves.items()}
+    return {name: int(value) for name, value in jax.device_get(values).items()}
 
 
 @jax.jit
-def _fingerprints(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {name: _fingerprint(leaf) for name, leaf in leaves.items()}
-
-
 def _fingerprint(x: jax.Array) -> jax.Array:
     bits = _bits(x)
     position = jnp.zeros(bits.shape, jnp.uint32)

@@ -14,13 +14,13 @@ from common.data.image_sets import DrawnImages
 from common.data.image_sources import ImageArrays, Labelling
 
 _TURN = 15.0  # Degrees, at most, either way.
-_CONTRAST = 60.0  # Least distance of an animal's brightness from the background's, of 255.
 
 
 class AnimalScenes(DrawnImages):
-    """Animals of any brightness, place, size and direction on grey, with noise.
+    """White animals of any place, size and direction on black, with noise.
 
-    Each has a silhouette of its own; classes take turns.
+    Each has a silhouette of its own; classes take turns. All are of one brightness, for a model
+    that learns to tell images from one another would do so by that, and look at no shape.
 
     Args:
         size: Side in pixels.
@@ -31,7 +31,7 @@ class AnimalScenes(DrawnImages):
         UserError: The asset is not installed; the message says how it comes.
     """
 
-    def __init__(self, size: int, count: int, scale: tuple[float, float] = (0.55, 0.9)):
+    def __init__(self, size: int, count: int, scale: tuple[float, float] = (0.35, 0.7)):
         self._silhouettes, self._order = _silhouettes()
         self.names = tuple(self._silhouettes.classes)
         super().__init__(size, min(count, len(self._silhouettes)), scale)
@@ -59,13 +59,10 @@ class AnimalScenes(DrawnImages):
         return np.asarray(turned.crop(box), np.float64) / 255
 
     def _background(self, rng: np.random.Generator) -> np.ndarray:
-        return np.full((self.size, self.size, 3), rng.uniform(0, 255))
+        return np.zeros((self.size, self.size, 3))
 
     def _colour(self, rng: np.random.Generator, background: np.ndarray) -> np.ndarray:
-        while True:
-            brightness = rng.uniform(0, 255)
-            if abs(brightness - background[0]) > _CONTRAST:
-                return np.full(3, brightness)
+        return np.full(3, 255.0)
 
 
 @functools.cache

@@ -166,7 +166,9 @@ def smoke() -> ReproduceConfig:
     worth; the other comparisons are within the noise of so small models.
     """
     # One training for all, so that models of one shape share their compiled step.
-    train = _training(steps=72, batch_size=16, learning_rate=6e-3, warmup_steps=5)
+    train = dataclasses.replace(
+        _training(steps=48, batch_size=16, learning_rate=6e-3, warmup_steps=4), eval_batches=3
+    )
     return ReproduceConfig(
         main=BenchConfig(
             donor=DonorConfig(model=_shape(vocab_size=512, width=48, layers=3), train=train),
@@ -183,7 +185,7 @@ def smoke() -> ReproduceConfig:
             scored_tokens=3008,
             generated=16,
         ),
-        from_scratch=FromScratchConfig(warmup=8),
+        from_scratch=FromScratchConfig(warmup=5),
         objectives=ObjectivesConfig(
             classes=5,
             texts=500,
@@ -198,10 +200,10 @@ def smoke() -> ReproduceConfig:
             ),
             causal_encoder=False,
         ),
-        timing=TimingConfig(repeats=5),
+        timing=TimingConfig(repeats=3),
         unbalanced=UnbalancedConfig(
             small=DonorConfig(model=_shape(vocab_size=512, width=32, layers=2), train=train),
-            warmups=(0, 8, 48),
+            warmups=(0, 5, 32),
         ),
     )
 

@@ -141,15 +141,19 @@ def _decoder_losses(model: Decoder, table: np.ndarray, prefix: int, batch: int) 
     bos = model.tokenizer.bos_id
     tokens = np.pad(table, ((0, 0), (int(bos >= 0), 0)), constant_values=max(bos, 0))
     continuation = table.shape[1] - prefix
-
-    @jax.jit
-    def losses(state: Any, tokens: jax.Array) -> jax.Array:
-        model = nnx.merge(graphdef, state)
-        hidden = model.hidden(tokens[:, :-1])[:, -continuation:]
-        return model.nll(hidden, tokens[:, -continuation:])
-
     padded = np.pad(tokens, ((0, -len(tokens) % batch), (0, 0)), mode="edge")
     parts = [
-        losses(state, jnp.asarray(padded[i : i + batch])) for i in range(0, len(padded), batch)
+        _nll(graphdef, state, jnp.asarray(padded[i : i + batch]), continuation)
+        for i in range(0, len(padded), batch)
     ]
     return np.concatenate([np.asarray(part, np.float64) for part in parts])[: len(table)]
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "continuation"))
+def _nll(
+    graphdef: nnx.GraphDef[Decoder], state: nnx.State, tokens: jax.Array, continuation: int
+) -> jax.Array:
+    """`[B, L]` -> `[B, C]` nats."""
+    model = nnx.merge(graphdef, state)
+    hidden = model.hidden(tokens[:, :-1])[:, -continuation:]
+    return model.nll(hidden, tokens[:, -continuation:])
