@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from common.errors import UserError
@@ -55,14 +56,16 @@ def make_mesh(
     slices = len({_slice_index(d) for d in devices})
     types = (AxisType.Auto,) * len(MESH_AXES)
     if slices == 1:
-        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+        try:
+            return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+        except NotImplementedError:  # An axis is not the product of whole axes of the torus.
+            grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+            return Mesh(np.asarray(grid), MESH_AXES, axis_types=types)
     if shape[0] % slices:
         raise UserError(
             f"mesh axis data={shape[0]} must be a multiple of the {slices} slices: only data may "
             "cross from slice to slice"
         )
-    from jax.experimental import mesh_utils
-
     within = (shape[0] // slices, *shape[1:])
     grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1, 1), devices=devices)
     return Mesh(np.asarray(grid), MESH_AXES, axis_types=types)

@@ -40,7 +40,7 @@ def setting(config: ReproduceConfig, measured: Measured) -> str:
     found, crops = measured["pretraining"], config.run.data.crops
     vit = config.run.model.backbone
     pictures = {
-        "animal-scenes": "real silhouettes of ten animals at any place, size and brightness",
+        "animal-scenes": "real silhouettes of ten animals at any place, size and direction",
         "shapes": "drawn shapes of eight kinds",
         "glyphs": "letters in many fonts over pieces of a photograph",
     }[found["kind"]]

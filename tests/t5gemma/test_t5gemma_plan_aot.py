@@ -20,7 +20,12 @@ def test_2b_2b_decodes_on_one_device(where):
 
 @pytest.mark.parametrize(
     ("size", "where"),
-    [("2b-2b", "v5p:4x4x8"), ("2b-2b", "v5e:16x16"), ("9b-2b", "v5p:4x4x8")],
+    [
+        ("2b-2b", "v5p:4x4x8"),
+        ("2b-2b", "v5e:16x16"),
+        ("9b-2b", "v5p:4x4x8"),
+        ("9b-2b", "v5e:16x16"),
+    ],
 )
 def test_pods_train(size, where):
     """Compiled with less effort than a run's program is: the kernels, shardings and memory hold."""
