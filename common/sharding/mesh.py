@@ -55,19 +55,18 @@ def make_mesh(
     shape = _resolve(config or MeshConfig(), len(devices))
     slices = len({_slice_index(d) for d in devices})
     types = (AxisType.Auto,) * len(MESH_AXES)
+    # An axis may be a part of an axis of the torus where whole ones do not multiply to its size.
+    split = {"devices": devices, "allow_split_physical_axes": True}
     if slices == 1:
-        try:
-            return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
-        except NotImplementedError:  # An axis is not the product of whole axes of the torus.
-            grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-            return Mesh(np.asarray(grid), MESH_AXES, axis_types=types)
+        grid = mesh_utils.create_device_mesh(shape, **split)
+        return Mesh(np.asarray(grid), MESH_AXES, axis_types=types)
     if shape[0] % slices:
         raise UserError(
             f"mesh axis data={shape[0]} must be a multiple of the {slices} slices: only data may "
             "cross from slice to slice"
         )
     within = (shape[0] // slices, *shape[1:])
-    grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1, 1), devices=devices)
+    grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1, 1), **split)
     return Mesh(np.asarray(grid), MESH_AXES, axis_types=types)
 
 
