@@ -19,7 +19,8 @@ from common.errors import UserError
 from curation.exact_sums import span_of
 from curation.npy_files import map_npy
 
-_CENTRE_ROWS = 16_384
+_CENTRE_ROWS = 4096
+_MOST = np.finfo(np.float32).max / 4  # Numbers' differences stay within half of float32's range.
 _SCAN_BYTES = 1 << 25
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -187,9 +188,12 @@ def scan(embeddings: Embeddings) -> Centred:
     for start in range(first, last, step):
         part = embeddings.read(start, min(start + step, last))
         with np.errstate(over="ignore", invalid="ignore"):
+            most = max(np.max(part.max(axis=0) - centre), np.max(centre - part.min(axis=0)))
+            if most < _MOST:  # Not so if it is NaN.
+                largest = max(largest, float(most))
+                continue
             reach = np.max(np.abs(part - centre), axis=1)
-        # Half of float32's range keeps their differences in it.
-        wrong = ~(reach < np.finfo(np.float32).max / 4)
+        wrong = ~(reach < _MOST)
         if wrong.any():
             bad += int(wrong.sum())
             first_bad = min(first_bad, start + int(np.argmax(wrong)))

@@ -55,16 +55,30 @@ def add_rows(sums: Sums, x: jax.Array, labels: jax.Array, span: jax.Array | floa
         labels: The cluster of each row `[N]`; rows with a label of K or more are left out.
         span: As `span_of` gives it, float32.
     """
+    low = (
+        digit.at[labels].add(more, mode="drop")
+        for digit, more in zip(sums.low, _digits(x, span), strict=True)
+    )
+    return Sums(tuple(low), sums.high)
+
+
+def move_rows(
+    sums: Sums, x: jax.Array, old: jax.Array, new: jax.Array, span: jax.Array | float
+) -> Sums:
+    """As `add_rows` with the labels `new`, and takes the rows from the clusters `old`."""
+    low = (
+        digit.at[old].add(-more, mode="drop").at[new].add(more, mode="drop")
+        for digit, more in zip(sums.low, _digits(x, span), strict=True)
+    )
+    return Sums(tuple(low), sums.high)
+
+
+def _digits(x: jax.Array, span: jax.Array | float) -> tuple[jax.Array, ...]:
     steps = x * (_BASE * _BASE / span)
     whole = jnp.round(steps)
     rest = jnp.round((steps - whole) * _BASE).astype(jnp.int32)
     whole = whole.astype(jnp.int32)
-    digits = rest, whole & (_BASE - 1), whole >> _BITS  # the last with sign
-    low = (
-        digit.at[labels].add(more, mode="drop")
-        for digit, more in zip(sums.low, digits, strict=True)
-    )
-    return Sums(tuple(low), sums.high)
+    return rest, whole & (_BASE - 1), whole >> _BITS  # the last with sign
 
 
 def carry(sums: Sums) -> Sums:

@@ -13,13 +13,17 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from common.kernels.nearest_centroid.reranked import Nearest, Rounded
 from curation import assignment
-from curation.assignment import Pass, Precision
+from curation.assignment import Pass, Precision, Step
 from curation.checkpointing import Checkpoints
 from curation.device_rows import Chunk, DeviceRows
 
 Empty = Literal["repair", "keep"]
 MOST_REPAIRS = 1024  # of empty clusters in one iteration
+# Products of a pass from which on looking at moved centroids alone pays for compiling that.
+_WORTH_IT = 1 << 32
+_PARTS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of all centroids; there is a program for each
 
 Report = Callable[[str, int, int], None]
 
@@ -93,18 +97,19 @@ def lloyd(
     if checkpoints and (kept := checkpoints.load("lloyd")) is not None:
         centroids, done, shift = kept["centroids"], int(kept["done"]), float(kept["shift"])
     here = _everywhere(rows, centroids)
-    state = _State(rows, len(centroids))
+    state = _State(rows, len(centroids), config.precision)
+    step: Step | None = None
     converged = shift <= config.tolerance
     while True:
         last = done >= config.iterations or converged
-        whole = state.assign(here, config.precision, update=not last, report=report)
+        whole = state.assign(here, step, update=not last, report=report)
         if last or whole.changed == 0:
             found = state.measured(here)
             return Clustering(np.asarray(here), found, done, converged or not last)
         if config.empty == "repair":
             whole = _repair(rows, state.measured, here, whole, span)
-        here, moved = assignment.move_centroids(whole, here, span)
-        done, shift = done + 1, float(moved)
+        step = assignment.move_centroids(whole, here, span)
+        here, done, shift = step.centroids, done + 1, float(step.shift)
         converged = shift <= config.tolerance
         if report:
             report("iteration", done, config.iterations)
@@ -115,8 +120,8 @@ def lloyd(
 
 def assign_rows(rows: DeviceRows, centroids: np.ndarray, precision: Precision) -> Assignment:
     """Assigns all rows to given centroids `[K, D]` of centred rows."""
-    state, here = _State(rows, len(centroids)), _everywhere(rows, centroids)
-    state.assign(here, precision, update=False)
+    state, here = _State(rows, len(centroids), precision), _everywhere(rows, centroids)
+    state.assign(here, None, update=False)
     return state.measured(here)
 
 
@@ -126,47 +131,54 @@ class _State:
     Of streamed rows they cost another reading, so that most passes do without.
     """
 
-    def __init__(self, rows: DeviceRows, clusters: int):
-        self._rows, self._clusters = rows, clusters
-        self._kept: jax.Array | None = None  # the labels of resident rows
+    def __init__(self, rows: DeviceRows, clusters: int, precision: Precision):
+        self._rows, self._clusters, self._precision = rows, clusters, precision
+        self._kept: Nearest | None = None  # what was found of resident rows
+        self._short: Rounded | None = None
         self._labels = np.full(rows.data.rows, clusters, np.int32)
         self._gathered = assignment.start(rows.mesh, clusters, rows.data.width)
+        self._all_moved = np.ones((clusters,), bool)
 
     def assign(
         self,
         centroids: jax.Array,
-        precision: Precision,
+        step: Step | None,
         *,
         update: bool,
         report: Report | None = None,
     ) -> Pass:
         """Passes over all rows; returns what the devices have gathered.
 
-        A pass without `update` is the last one.
+        A pass without `update` is the last one. `step` is how centroids came where they are, from
+        where they were in the pass before.
         """
         rows = self._rows
         waiting: tuple[Chunk, jax.Array] | None = None
         so_far = assignment.again(self._gathered)
         for chunk in rows.chunks():
-            so_far, labels = assignment.assign(
+            so_far, found = assignment.assign(
                 so_far,
                 chunk.x,
                 self._before(chunk),
                 np.int32(chunk.valid),
                 centroids,
+                self._all_moved if step is None else step.moved,
                 np.float32(rows.data.span),
+                self._short,
                 mesh=rows.mesh,
                 block=rows.block,
-                precision=precision,
-                update=update,
+                precision=self._precision,
+                # With scores few rows change sums, and the program without that is yet to compile.
+                update=update or self._keeps_scores,
+                most_moved=self._most_moved(step),
             )
             if rows.resident:
-                self._kept = labels
+                self._kept = found
             if report and not rows.resident:
                 report("rows of an iteration", chunk.first, rows.data.rows)
             if waiting:  # Devices are busy with this chunk while the one before is fetched.
                 _take(*waiting, self._labels)
-            waiting = chunk, labels
+            waiting = chunk, found.index
         if waiting:
             _take(*waiting, self._labels)
         self._gathered = so_far
@@ -177,7 +189,7 @@ class _State:
         rows, blocks = self._rows, []
         distances = np.zeros(rows.data.rows, np.float32)
         for chunk in rows.chunks():
-            labels = self._before(chunk)
+            labels = self._before(chunk).index
             apart, sums = assignment.measure(
                 chunk.x, labels, centroids, mesh=rows.mesh, block=rows.block
             )
@@ -186,12 +198,35 @@ class _State:
         inertia = math.fsum(np.concatenate(blocks).tolist())
         return Assignment(self._labels, distances, inertia)
 
-    def _before(self, chunk: Chunk) -> jax.Array:
+    def _before(self, chunk: Chunk) -> Nearest:
         if self._kept is not None:
             return self._kept
         labels = np.full(self._rows.chunk_rows, self._clusters, np.int32)
         labels[: chunk.valid] = self._labels[chunk.first : chunk.first + chunk.valid]
-        return self._rows.place_labels(labels)
+        found = Nearest(self._rows.place(labels), None, None)
+        if not self._keeps_scores:
+            return found
+        self._short = assignment.round_rows(chunk.x, mesh=self._rows.mesh, block=self._rows.block)
+        nothing = np.zeros(self._rows.chunk_rows, np.float32)
+        score, following = self._rows.place(nothing), self._rows.place(nothing)
+        return found._replace(score=score, following=following)
+
+    @property
+    def _keeps_scores(self) -> bool:
+        """Where they pay: the rows are at hand, and searching takes longer than compiling."""
+        rows = self._rows
+        products = rows.data.rows * rows.data.width * self._clusters
+        return rows.resident and self._precision == "bfloat16" and products >= _WORTH_IT
+
+    def _most_moved(self, step: Step | None) -> int | None:
+        """A number for which there may be a program already; None: look at all centroids."""
+        if step is None or self._kept is None or not self._keeps_scores:
+            return None
+        count = int(step.count)
+        for part in _PARTS:
+            if count <= (most := math.ceil(self._clusters * part)):
+                return most
+        return None
 
 
 def _take(chunk: Chunk, of_rows: jax.Array, whole: np.ndarray) -> None:

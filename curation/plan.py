@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from common.kernels.nearest_centroid.reranked import Nearest
 from common.sharding import MESH_AXES, make_mesh
 from common.sharding.program import Inference, Program
 from curation import assignment, device_rows
@@ -47,12 +48,14 @@ def _assign(config: PoolConfig, mesh: Mesh, level: int, rows: int) -> Program:
     so_far = _pass(mesh, k, width)
     x = jax.ShapeDtypeStruct((shard * mesh.size, width), jnp.float32, sharding=each)
     labels = jax.ShapeDtypeStruct((shard * mesh.size,), jnp.int32, sharding=each)
+    scores = jax.ShapeDtypeStruct(labels.shape, jnp.float32, sharding=each) if resident else None
+    moved = jax.ShapeDtypeStruct((k,), jnp.bool_, sharding=whole)
     centroids = jax.ShapeDtypeStruct((k, width), jnp.float32, sharding=whole)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     span = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
     return Program(
         function=assignment.assign,
-        arguments=(so_far, x, labels, number, centroids, span),
+        arguments=(so_far, x, Nearest(labels, scores, scores), number, centroids, moved, span),
         keywords={"mesh": mesh, "block": block, "precision": "bfloat16"},
         holds={"rows": x, "centroids": centroids, "sums": so_far},
         mesh=mesh,
@@ -87,7 +90,7 @@ def _update(config: PoolConfig, mesh: Mesh, level: int, rows: int) -> Program:
 @functools.partial(jax.jit, static_argnames="mesh")
 def _add_and_move(
     parts: assignment.Pass, centroids: jax.Array, span: jax.Array, *, mesh: Mesh
-) -> tuple[jax.Array, jax.Array]:
+) -> assignment.Step:
     return assignment.move_centroids(assignment.totals(mesh, parts), centroids, span)
 
 

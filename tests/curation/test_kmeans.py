@@ -11,6 +11,7 @@ from sklearn import cluster, datasets
 import curation
 from common.errors import UserError
 from common.sharding import MeshConfig, make_mesh
+from curation import lloyd
 from curation.embeddings import open_embeddings, scan
 from curation.lloyd import _farthest
 
@@ -117,6 +118,30 @@ def test_the_same_on_any_mesh_and_streamed(config, memory, reference, tmp_path):
     np.testing.assert_array_equal(have.centroids, reference.centroids)
     np.testing.assert_array_equal(have.distances, reference.distances)
     assert have.inertia == reference.inertia
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("modes", [30, 3])
+def test_looking_at_moved_centroids_alone_changes_nothing(devices, modes, monkeypatch):
+    x, mesh = mixture(modes=modes), make_mesh(MeshConfig(data=devices), jax.devices()[:devices])
+    options = {"seed": 2, "init": "random", "iterations": 40, "tolerance": 0, "mesh": mesh}
+    monkeypatch.setattr(lloyd, "_WORTH_IT", 1 << 62)
+    want = curation.kmeans(x, 64, **options)
+    seen = []
+    assign = lloyd.assignment.assign
+
+    def watched(*arguments, most_moved, **others):
+        seen.append(most_moved)
+        return assign(*arguments, most_moved=most_moved, **others)
+
+    monkeypatch.setattr(lloyd, "_WORTH_IT", 0)
+    monkeypatch.setattr(lloyd.assignment, "assign", watched)
+    have = curation.kmeans(x, 64, **options)
+    assert len({most for most in seen if most}) > 1
+    np.testing.assert_array_equal(have.labels, want.labels)
+    np.testing.assert_array_equal(have.centroids, want.centroids)
+    assert have.inertia == want.inertia
+    assert have.iterations == want.iterations
 
 
 def test_the_seed_decides(one_device, reference):

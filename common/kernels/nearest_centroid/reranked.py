@@ -8,6 +8,7 @@ with all centroids anew in float32.
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,40 @@ _MARGIN = 4 * 2.0**-8
 _BATCH, _REST = 128, 64
 
 
+Take = Callable[[jax.Array], jax.Array]
+
+
+class Nearest(NamedTuple):
+    """What is known of some rows' centroids; scores are `|c|^2 / 2 - x.c` of rounded operands.
+
+    Attributes:
+        index: The nearest centroid `[N]`, int32.
+        score: Its score `[N]`.
+        following: What no other centroid's score is below `[N]`.
+    """
+
+    index: jax.Array
+    score: jax.Array | None
+    following: jax.Array | None
+
+
+class Rounded(NamedTuple):
+    """Rows as the rounded products take them, for a search that comes back to them.
+
+    Attributes:
+        bits: Of the rows in bfloat16 `[N, D]`, uint16: a CPU copies bfloat16 four times slower.
+        norm: The fourth root of the sum of fourth powers of each row `[N]`, float32.
+    """
+
+    bits: jax.Array
+    norm: jax.Array
+
+
+def rounded(x: jax.Array) -> Rounded:
+    """Rounds rows `[N, D]` of float32."""
+    return Rounded(lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16), _fourth_norm(x))
+
+
 def nearest_reranked(x: jax.Array, c: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Finds the centroid nearest to each row: as `nearest_centroid`, of float32 rows.
 
@@ -38,24 +73,61 @@ def nearest_reranked(x: jax.Array, c: jax.Array) -> tuple[jax.Array, jax.Array]:
         The index `[N]` in int32 and the squared distance `[N]` in float32.
     """
     x, c = jnp.asarray(x, jnp.float32), jnp.asarray(c, jnp.float32)
-    half = 0.5 * jnp.sum(jnp.square(c), axis=1)
-    short = x.astype(jnp.bfloat16), c.astype(jnp.bfloat16)
-    index, score, following = dispatch(
-        "nearest_centroid",
-        None,
-        *short,
-        half,
-        xla=xla.search_two,
-        tpu=unfit("tpu", *short) or _tpu,
-        gpu=unfit("gpu", *short) or _gpu,
-    )
-    margin = _MARGIN * _fourth_norm(x) * jnp.max(_fourth_norm(c))
-    uncertain = ~(following - score > margin)
-    between_two = functools.partial(_between_two, x, c, *short, half, score + margin)
-    index, uncertain = _decide(between_two, (index, uncertain), uncertain, _BATCH)
-    among_all = functools.partial(_among_all, x, c)
-    (index,) = _decide(among_all, (index,), uncertain, _REST)
+    index = nearest_of_all(x, c).index
     return index, squared_distance(x, c, index)
+
+
+def nearest_of_all(x: jax.Array | Take, c: jax.Array, short: Rounded | None = None) -> Nearest:
+    """As `nearest_reranked`, and says how certain it is: what `nearest_of_moved` goes on from.
+
+    Args:
+        x: Rows `[N, D]` in float32, or what takes some of them by number.
+        c: Centroids `[K, D]` in float32.
+        short: The same rows, `rounded` before; needed if `x` is a function.
+    """
+    search = _Search(x, c, short)
+    index, score, following = search.two_least(search.short_c, search.half)
+    found = Nearest(index, score, following)
+    return search.decide(found, following - score)
+
+
+def nearest_of_moved(
+    x: jax.Array | Take,
+    c: jax.Array,
+    moved: jax.Array,
+    known: Nearest,
+    short: Rounded | None = None,
+    *,
+    most: int,
+) -> Nearest:
+    """As `nearest_of_all`, where only some centroids are others than when `known` was found.
+
+    A row whose own centroid stayed is compared with those that moved. So is one whose own came
+    nearer than any that stayed can be; only the remaining rows look at all centroids.
+
+    Args:
+        x: Rows `[N, D]` in float32, or what takes some of them by number.
+        c: Centroids `[K, D]` in float32.
+        moved: Which of them are others than before `[K]`, bool; at most `most`.
+        known: Of the same rows, before.
+        short: The same rows, `rounded` before; needed if `x` is a function.
+        most: How many products are computed for each row.
+    """
+    search = _Search(x, c, short)
+    (places,) = jnp.nonzero(moved, size=most, fill_value=len(c))
+    half = jnp.where(places < len(c), search.half[places], jnp.inf)
+    at, low, second = search.two_least(search.short_c[places], half)
+    at = jnp.minimum(places[at], len(c) - 1).astype(jnp.int32)
+    stayed = ~moved[known.index]
+    kept = stayed & (known.score <= low)
+    found = Nearest(
+        jnp.where(kept, known.index, at),
+        jnp.where(kept, known.score, low),
+        jnp.minimum(known.following, jnp.where(kept, low, jnp.where(stayed, known.score, second))),
+    )
+    # Among those that stayed it was decided before.
+    gap = jnp.where(kept, low, found.following) - found.score
+    return search.decide(found, gap)
 
 
 def nearest_float32(x: jax.Array, c: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -79,7 +151,66 @@ def marked_first(marked: jax.Array) -> tuple[jax.Array, jax.Array]:
     return order, place[-1]
 
 
-def _decide(
+class _Search:
+    """Rows and centroids in float32, and rounded."""
+
+    def __init__(self, x: jax.Array | Take, c: jax.Array, short: Rounded | None):
+        self.c = jnp.asarray(c, jnp.float32)
+        self.half = 0.5 * jnp.sum(jnp.square(self.c), axis=1)
+        if short is None:
+            x = jnp.asarray(x, jnp.float32)
+            short = rounded(x)
+        bits, norm = short
+        self.take = x if callable(x) else x.__getitem__
+        self.short_x = lax.bitcast_convert_type(bits, jnp.bfloat16)
+        self.short_c = self.c.astype(jnp.bfloat16)
+        self.margin = _MARGIN * norm * jnp.max(_fourth_norm(self.c))
+
+    def two_least(
+        self, short_c: jax.Array, half: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The place of each row's least score among some centroids, that score, and the next."""
+        index, score, following = dispatch(
+            "nearest_centroid",
+            None,
+            self.short_x,
+            short_c,
+            half,
+            xla=xla.search_two,
+            tpu=unfit("tpu", self.short_x, short_c) or _tpu,
+            gpu=unfit("gpu", self.short_x, short_c) or _gpu,
+        )
+        return index, score, following
+
+    def decide(self, found: Nearest, gap: jax.Array) -> Nearest:
+        """Returns what was found, decided in float32 where other scores may be as near as `gap`."""
+        uncertain = ~(gap > self.margin)
+        between = functools.partial(self._between_two, found.score + self.margin)
+        (*decided, uncertain) = _in_batches(between, (*found, uncertain), uncertain, _BATCH)
+        (index, score) = _in_batches(self._among_all, tuple(decided[:2]), uncertain, _REST)
+        # The least of all scores is the best that is known of the others, if it is not the own.
+        return Nearest(index, score, jnp.where(uncertain, jnp.minimum(*decided[1:]), decided[2]))
+
+    def _between_two(self, limit: jax.Array, rows: jax.Array) -> tuple[jax.Array, ...]:
+        """Returns `Nearest` of some rows, as of their nearer contender, and if there are others."""
+        wide = self.take(rows)
+        found = xla.contenders(wide.astype(jnp.bfloat16), self.short_c, self.half, limit[rows])
+        first = squared_distance(wide, self.c, found.first)
+        nearer = squared_distance(wide, self.c, found.last) < first
+        index = jnp.where(nearer, found.last, found.first)
+        own = index == found.index
+        score = jnp.where(own, found.score, found.following)
+        following = jnp.where(own, found.following, found.score)
+        return index, score, following, (found.count < 1) | (found.count > 2)
+
+    def _among_all(self, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        wide = self.take(rows)
+        index, _ = nearest_centroid(wide, self.c)
+        products = _short(wide) * _short(self.c[index])
+        return index, self.half[index] - jnp.sum(products, axis=1)
+
+
+def _in_batches(
     decided: Callable[[jax.Array], tuple[jax.Array, ...]],
     found: tuple[jax.Array, ...],
     uncertain: jax.Array,
@@ -100,24 +231,8 @@ def _decide(
     return lax.fori_loop(0, (count + batch - 1) // batch, step, found)
 
 
-def _between_two(
-    x: jax.Array,
-    c: jax.Array,
-    short_x: jax.Array,
-    short_c: jax.Array,
-    half: jax.Array,
-    limit: jax.Array,
-    rows: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the nearer contender of some rows, and whether they have others than two."""
-    first, last, count = xla.contenders(short_x[rows], short_c, half, limit[rows])
-    wide = x[rows]
-    nearer = squared_distance(wide, c, last) < squared_distance(wide, c, first)
-    return jnp.where(nearer, last, first), (count < 1) | (count > 2)
-
-
-def _among_all(x: jax.Array, c: jax.Array, rows: jax.Array) -> tuple[jax.Array]:
-    return (nearest_centroid(x[rows], c)[0],)
+def _short(x: jax.Array) -> jax.Array:
+    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
 def _fourth_norm(x: jax.Array) -> jax.Array:

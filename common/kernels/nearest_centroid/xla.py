@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jax import lax
 
 # Rows and centroids of one tile of float32 scores; with fewer rows, more centroids. A CPU reads the
 # tile back from its caches; an accelerator wants products so long that starting them is nothing.
-_CPU_TILE = (1024, 1024)
+_CPU_TILE = (2048, 1024)
 _ACCELERATOR_TILE = (16384, 4096)
 _MOST_CONTENDERS = 1 << 16  # centroids of a block of `contenders`
 
@@ -50,36 +51,52 @@ def search_two(
     return index, score, following
 
 
-def contenders(
-    x: jax.Array, c: jax.Array, half: jax.Array, limit: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the first and the last centroid whose score is within a row's limit, and how many.
+class Contenders(NamedTuple):
+    """Of each row, what `search_two` finds, and which scores are within its limit.
+
+    Attributes:
+        first, last: The first and the last centroid within the limit, int32 `[N]`; in range
+            whatever the scores are.
+        count: How many are, int32 `[N]`.
+        index, score, following: Where the least score is, int32 `[N]`, that score and the next.
+    """
+
+    first: jax.Array
+    last: jax.Array
+    count: jax.Array
+    index: jax.Array
+    score: jax.Array
+    following: jax.Array
+
+
+def contenders(x: jax.Array, c: jax.Array, half: jax.Array, limit: jax.Array) -> Contenders:
+    """Searches for the centroids whose score is within a row's limit.
 
     Args:
         x, c, half: As for `search`, few rows.
         limit: Of each row, `[N]` in float32.
-
-    Returns:
-        Three times int32 `[N]`; places are in range whatever the scores are.
     """
     total = c.shape[0]
     count, size = _even(total, _MOST_CONTENDERS)
 
-    def step(j: jax.Array | int, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def step(j: jax.Array | int, found: Contenders) -> Contenders:
         start = jnp.minimum(j * size, total - size)
         places = start + jnp.arange(size, dtype=jnp.int32)
         block_half = lax.dynamic_slice_in_dim(half, start, size)
-        scores = block_half - _products(x, lax.dynamic_slice_in_dim(c, start, size))
-        within = (scores <= limit[:, None]) & (places >= j * size)  # no centroid twice
-        first = jnp.min(jnp.where(within, places, total - 1), axis=1)
-        last = jnp.max(jnp.where(within, places, 0), axis=1)
-        several = jnp.sum(within, axis=1, dtype=jnp.int32)
-        return jnp.minimum(found[0], first), jnp.maximum(found[1], last), found[2] + several
+        block_half = jnp.where(places >= j * size, block_half, jnp.inf)  # no centroid twice
+        scores = _scores(x, lax.dynamic_slice_in_dim(c, start, size), block_half)
+        at, low, following = _least(scores, two=True)
+        within, places = scores <= limit, places[:, None]
+        return Contenders(
+            jnp.minimum(found.first, jnp.min(jnp.where(within, places, total - 1), axis=0)),
+            jnp.maximum(found.last, jnp.max(jnp.where(within, places, 0), axis=0)),
+            found.count + jnp.sum(within, axis=0, dtype=jnp.int32),
+            *_better((found.index, found.score, found.following), (start + at, low, following)),
+        )
 
-    none = jnp.zeros((x.shape[0],), jnp.int32)
-    start = none + total - 1, none, none
-    first, last, several = step(0, start) if count == 1 else lax.fori_loop(0, count, step, start)
-    return first, last, several
+    none, worst = jnp.zeros((x.shape[0],), jnp.int32), jnp.full((x.shape[0],), jnp.inf)
+    start = Contenders(none + total - 1, none, none, none, worst, worst)
+    return step(0, start) if count == 1 else lax.fori_loop(0, count, step, start)
 
 
 def tiled(
@@ -114,7 +131,6 @@ def _rows(
     count, size = _even(total, most)
 
     def step(j: jax.Array | int, best: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        index, score = best[:2]
         # Centroids seen twice do no harm: a later score must be less, not equal.
         start = jnp.minimum(j * size, total - size)
         block = lax.dynamic_slice_in_dim(c, start, size)
@@ -122,13 +138,8 @@ def _rows(
         if two:  # Here it would: a row's best is its next best if seen again.
             seen = start + jnp.arange(size) < j * size
             block_half = jnp.where(seen, jnp.inf, block_half)
-        at, low, *following = _tile(x, block, block_half, two=two)
-        less = low < score
-        found = jnp.where(less, start + at, index), jnp.where(less, low, score)
-        if not two:
-            return found
-        between = jnp.minimum(best[2], following[0])
-        return *found, jnp.minimum(between, jnp.maximum(low, score))
+        at, *scores = _least(_scores(x, block, block_half), two=two)
+        return _better(best, (start + at, *scores))
 
     rows = x.shape[0]
     worst = jnp.full((rows,), jnp.inf, jnp.float32)
@@ -136,27 +147,39 @@ def _rows(
     return step(0, none) if count == 1 else lax.fori_loop(0, count, step, none)
 
 
-def _tile(x: jax.Array, c: jax.Array, half: jax.Array, *, two: bool) -> tuple[jax.Array, ...]:
-    """Returns the first place of the smallest score in each row of one tile, and the score.
+def _better(best: tuple[jax.Array, ...], found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Returns index, score (and the following score) of two lots of centroids."""
+    (index, score, *following), (at, low, *after) = best, found
+    less = low < score
+    both = [
+        jnp.minimum(jnp.minimum(*pair), jnp.maximum(low, score))
+        for pair in zip(following, after, strict=True)
+    ]
+    return jnp.where(less, at, index), jnp.where(less, low, score), *both
+
+
+def _scores(x: jax.Array, c: jax.Array, half: jax.Array) -> jax.Array:
+    """Returns the scores of one tile, `[K, N]`: a CPU takes least ones fastest down the columns."""
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    products = lax.dot_general(
+        c, x, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+    scores = half[:, None] - products
+    return jnp.where(scores < jnp.inf, scores, jnp.inf)  # no NaN
+
+
+def _least(scores: jax.Array, *, two: bool) -> tuple[jax.Array, ...]:
+    """Returns the first place of the smallest score of each row of one tile, and the score.
 
     With `two`, the next score as well. Plain minima, one after the other: the CPU backend runs an
     arg-min some ten times slower.
     """
-    scores = half - _products(x, c)
-    scores = jnp.where(scores < jnp.inf, scores, jnp.inf)  # no NaN
-    low = jnp.min(scores, axis=1)
-    places = jnp.arange(c.shape[0], dtype=jnp.int32)
-    at = jnp.min(jnp.where(scores == low[:, None], places, c.shape[0] - 1), axis=1)
+    low = jnp.min(scores, axis=0)
+    places = jnp.arange(len(scores), dtype=jnp.int32)[:, None]
+    at = jnp.min(jnp.where(scores == low, places, len(scores) - 1), axis=0)
     if not two:
         return at, low
-    return at, low, jnp.min(jnp.where(places == at[:, None], jnp.inf, scores), axis=1)
-
-
-def _products(x: jax.Array, c: jax.Array) -> jax.Array:
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return lax.dot_general(
-        x, c, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
+    return at, low, jnp.min(jnp.where(places == at, jnp.inf, scores), axis=0)
 
 
 def _even(total: int, most: int) -> tuple[int, int]:

@@ -9,6 +9,8 @@ from common.kernels.nearest_centroid import gpu, nearest_centroid, tpu, xla
 from common.kernels.nearest_centroid.reranked import (
     marked_first,
     nearest_float32,
+    nearest_of_all,
+    nearest_of_moved,
     nearest_reranked,
 )
 
@@ -40,6 +42,31 @@ def test_winners_are_those_of_float64(kind):
         index, have = jax.jit(search)(x, c)
         np.testing.assert_array_equal(index, want)
         np.testing.assert_allclose(have, distance, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "unit", "close"])
+@pytest.mark.parametrize("how", ["a little", "far", "onto others"])
+def test_winners_where_some_centroids_moved(kind, how):
+    x, c = draw(kind)
+    search = jax.jit(nearest_of_moved, static_argnames="most")
+    known, rng = nearest_of_all(x, c), np.random.default_rng(1)
+    for count in (3, 40, 0, 39):
+        which = rng.choice(len(c), count, replace=False)
+        after = c.copy()
+        if how == "onto others":
+            after[which] = c[rng.permutation(len(c))[:count]]
+        else:
+            after[which] += {"a little": 0.02, "far": 2.0}[how] * rng.normal(size=(count, 64))
+        moved, c = np.any(after != c, axis=1), after
+        known = search(x, c, moved, known, most=40)
+        want, _ = oracle(x, c)
+        np.testing.assert_array_equal(c[known.index], c[want])  # Some lie on one another.
+        scores = 0.5 * np.square(c).sum(axis=1) - x @ c.T
+        rounding = 0.02 * np.abs(scores).max()
+        own = np.arange(len(x)), np.asarray(known.index)
+        np.testing.assert_allclose(known.score, scores[own], atol=rounding)
+        scores[own] = np.inf
+        assert np.all(known.following <= scores.min(axis=1) + rounding)
 
 
 def test_of_equal_ones_the_first():
@@ -96,11 +123,13 @@ def test_contenders(monkeypatch):
     limit = scores.min(axis=1) + np.linspace(-0.5, 1.5, 150).astype(np.float32)
     for most in (1 << 16, 50, 7):
         monkeypatch.setattr(xla, "_MOST_CONTENDERS", most)
-        first, last, count = xla.contenders(x, c, half, limit)
+        first, last, count, *least = xla.contenders(x, c, half, limit)
         within = scores <= limit[:, None]
         np.testing.assert_array_equal(count, within.sum(axis=1))
         some = within.any(axis=1)
         assert not some.all()
+        np.testing.assert_array_equal(least[0], scores.argmin(axis=1))
+        np.testing.assert_allclose(least[1:], np.sort(scores, axis=1)[:, :2].T, atol=1e-4)
         np.testing.assert_array_equal(first[some], within.argmax(axis=1)[some])
         np.testing.assert_array_equal(last[some], 119 - within[:, ::-1].argmax(axis=1)[some])
 
