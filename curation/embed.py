@@ -140,9 +140,15 @@ def _finish(folder: EmbeddingFolder, work: Any) -> None:
         with tqdm(total=len(folder.missing), unit="item", dynamic_ncols=True) as bar:
             for done in work:
                 bar.update(done)
+        if len(folder.failed) == len(folder.items):
+            raise UserError(
+                f"none of {len(folder.items):,} items can be read: {min(folder.failed.items())[1]}"
+            )
         folder.finish()
-    rows = len(folder.items) - len(folder.failed)
-    print(f"written to {folder.path / FEATURES}\n{rows:,} rows; {len(folder.failed):,} left out")
+    rows, failed = len(folder.items) - len(folder.failed), folder.failed
+    print(f"written to {folder.path / FEATURES}\n{rows:,} rows; {len(failed):,} left out")
+    for number in sorted(failed)[:10]:
+        print(f"  {failed[number]}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -17,6 +17,9 @@ STRENGTHS = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))
 HELDOUT = 0.1  # Of the training examples, to choose the strength by.
 _ITERATIONS = 1000
 _TOLERANCE = 1e-12
+# So many strengths in a row that score worse than the best end the search: two and a half powers of
+# ten. The weaker a penalty, the more iterations it takes: most of all where it helps nothing.
+_PATIENCE = 10
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,9 @@ def fit_logistic(
         y = jnp.asarray(np.asarray(labels, np.int32))
         # Divided by strength × N, so that tolerances mean the same for every strength.
         penalty = 1.0 / (strength * len(labels))
-        objective = jax.jit(jax.value_and_grad(_objective))
 
         def value(flat: np.ndarray) -> tuple[float, np.ndarray]:
-            loss, gradient = objective(jnp.asarray(flat.reshape(shape)), x, y, penalty)
+            loss, gradient = _objective(jnp.asarray(flat.reshape(shape)), x, y, penalty)
             return float(loss), np.asarray(gradient).ravel()
 
         first = np.zeros(shape) if start is None else np.vstack([start.kernel, start.bias])
@@ -75,8 +77,10 @@ def fit_logistic(
     return Logistic(weights[:-1], weights[-1])
 
 
+@jax.jit
+@jax.value_and_grad
 def _objective(weights: jax.Array, x: jax.Array, y: jax.Array, penalty: jax.Array) -> jax.Array:
-    """Mean cross-entropy plus the penalty of all weights but the biases."""
+    """Mean cross-entropy plus the penalty of all weights but the biases; and its gradient."""
     logits = jnp.matmul(x, weights[:-1], precision=jax.lax.Precision.HIGHEST) + weights[-1]
     right = jnp.take_along_axis(logits, y[:, None], 1)[:, 0]
     loss = jnp.mean(jax.nn.logsumexp(logits, -1) - right)
@@ -90,7 +94,7 @@ class LogisticResult:
     Attributes:
         predicted: Class of each test example, by the classifier fitted to all training examples.
         strength: The chosen one.
-        heldout: Score on the held-out part for each strength tried.
+        heldout: Score on the held-out part for each strength that was tried.
     """
 
     predicted: np.ndarray
@@ -111,7 +115,8 @@ def logistic_predict(
 ) -> LogisticResult:
     """Chooses the strength on a tenth of the training examples, then fits to all of them.
 
-    Strengths are gone through from weak to strong, each from where the one before ended.
+    Strengths are gone through from weak to strong, each from where the one before ended, until ten
+    in a row have scored worse than the best.
 
     Raises:
         UserError: Shapes do not fit, or there are too few examples.
@@ -124,11 +129,16 @@ def logistic_predict(
     heldout, kept = np.split(order, [int(len(train) * HELDOUT)])
     scores: dict[float, float] = {}
     fitted: Logistic | None = None
+    best, start, worse = 0.0, None, 0  # The strength with the best score, and its classifier.
     for strength in tqdm(sorted(strengths), desc="logistic", unit="fit", disable=None):
         fitted = fit_logistic(
             train[kept], labels[kept], classes, strength, start=fitted, iterations=iterations
         )
         scores[strength] = metric(fitted.predict(train[heldout]), labels[heldout])
-    best = max(scores, key=lambda strength: (scores[strength], -strength))
-    final = fit_logistic(train, labels, classes, best, iterations=iterations)
+        if start is None or scores[strength] > scores[best]:
+            best, start = strength, fitted
+        worse = worse + 1 if scores[strength] < scores[best] else 0
+        if worse == _PATIENCE:
+            break
+    final = fit_logistic(train, labels, classes, best, start=start, iterations=iterations)
     return LogisticResult(final.predict(test), best, scores)

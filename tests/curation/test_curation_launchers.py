@@ -198,7 +198,9 @@ def test_embed_images_smoke(tmp_path, backbone, capsys):
         "--size=28", "--batch=2", f"--output={tmp_path}/features",
     ]  # fmt: skip
     embed_main(command)
-    assert "4 rows; 1 left out" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "4 rows; 1 left out" in told
+    assert "2.png': not an image" in told
     rows = np.load(tmp_path / "features" / "features.npy")
     with Image.open(tmp_path / "images" / "3.png") as image:
         scaled = image.resize((48, 32), Image.Resampling.BICUBIC).crop((10, 2, 38, 30))
@@ -235,6 +237,11 @@ def test_embed_refuses(tmp_path, backbone, capsys):
     assert "no models to load" in told("--package=curation", "--images=x")
     assert "give --images" in told("--package=dino", "--texts=x")
     assert "no images" in told("--package=dino", f"--images={tmp_path}/none")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "0.png").write_bytes(b"no image")
+    damaged = told("--package=dino", "--size=28", f"--images={tmp_path}/damaged")
+    assert "none of 1 items can be read" in damaged
+    assert "0.png" in damaged
 
 
 def test_texts_are_means_of_hidden_states(tmp_path):

@@ -202,6 +202,14 @@ def test_logistic_regression_chooses_its_strength(clusters):
     assert set(result.heldout) == {1e-6, 1e-2, 1.0}
     assert result.heldout[result.strength] == max(result.heldout.values())
     assert accuracy(result.predicted, truth) > 0.6
+    # The labels are shuffled, so that a weak penalty learns noise and the search ends early.
+    rng = np.random.default_rng(0)
+    wide = np.concatenate([train, rng.normal(size=(len(train), 40))], 1)
+    noisy = np.where(rng.random(len(labels)) < 0.5, rng.permutation(labels), labels)
+    tried = logistic_predict(wide, noisy, wide, iterations=50).heldout
+    assert len(tried) < len(STRENGTHS)
+    assert sorted(tried) == sorted(STRENGTHS)[: len(tried)]
+    assert all(tried[c] < max(tried.values()) for c in sorted(tried)[-10:])
     with pytest.raises(UserError, match="10 training images or more"):
         logistic_predict(train[:9], labels[:9], test)
 
