@@ -96,13 +96,15 @@ def lloyd(
     done, shift = 0, math.inf
     if checkpoints and (kept := checkpoints.load("lloyd")) is not None:
         centroids, done, shift = kept["centroids"], int(kept["done"]), float(kept["shift"])
-    here = _everywhere(rows, centroids)
+    here = _everywhere(rows, np.asarray(centroids, np.float32))
     state = _State(rows, len(centroids), config.precision)
     step: Step | None = None
     converged = shift <= config.tolerance
     while True:
         last = done >= config.iterations or converged
-        whole = state.assign(here, step, update=not last, report=report)
+        # After the last iteration sums are no longer needed, but few rows change them, and the
+        # program without them would have to be compiled.
+        whole = state.assign(here, step, update=done > 0 or not last, report=report)
         if last or whole.changed == 0:
             found = state.measured(here)
             return Clustering(np.asarray(here), found, done, converged or not last)
@@ -120,7 +122,10 @@ def lloyd(
 
 def assign_rows(rows: DeviceRows, centroids: np.ndarray, precision: Precision) -> Assignment:
     """Assigns all rows to given centroids `[K, D]` of centred rows."""
-    state, here = _State(rows, len(centroids), precision), _everywhere(rows, centroids)
+    state, here = (
+        _State(rows, len(centroids), precision),
+        _everywhere(rows, np.asarray(centroids, np.float32)),
+    )
     state.assign(here, None, update=False)
     return state.measured(here)
 
@@ -137,7 +142,7 @@ class _State:
         self._short: Rounded | None = None
         self._labels = np.full(rows.data.rows, clusters, np.int32)
         self._gathered = assignment.start(rows.mesh, clusters, rows.data.width)
-        self._all_moved = np.ones((clusters,), bool)
+        self._all_moved = _everywhere(rows, np.ones((clusters,), bool))
 
     def assign(
         self,
@@ -168,8 +173,7 @@ class _State:
                 mesh=rows.mesh,
                 block=rows.block,
                 precision=self._precision,
-                # With scores few rows change sums, and the program without that is yet to compile.
-                update=update or self._keeps_scores,
+                update=update,
                 most_moved=self._most_moved(step),
             )
             if rows.resident:
@@ -244,7 +248,6 @@ def fetch(array: jax.Array) -> np.ndarray:
 
 def _everywhere(rows: DeviceRows, array: np.ndarray) -> jax.Array:
     sharding = NamedSharding(rows.mesh, PartitionSpec())
-    array = np.asarray(array, np.float32)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
