@@ -106,11 +106,10 @@ class DeviceRows:
 
         def shard(index: tuple[slice, ...]) -> np.ndarray:
             start, stop, _ = index[0].indices(self.chunk_rows)
-            held = self.data.read(first + start, first + min(stop, valid)) if start < valid else ()
-            if len(held) == stop - start:
-                return np.ascontiguousarray(held)
-            rows = np.zeros((stop - start, self.data.width), np.float32)
-            rows[: len(held)] = held if len(held) else 0
+            rows = np.empty((stop - start, self.data.width), np.float32)
+            there = max(0, min(stop, valid) - start)
+            self.data.read_into(first + start, first + start + there, rows)
+            rows[there:] = 0
             return rows
 
         shape = (self.chunk_rows, self.data.width)

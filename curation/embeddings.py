@@ -5,6 +5,7 @@ the header says; `scan` reads all rows once, finds those that cannot be clustere
 the arithmetic needs: a centre near their mean and how far from it they reach.
 """
 
+import concurrent.futures
 import dataclasses
 import os
 import zlib
@@ -21,7 +22,8 @@ from curation.npy_files import map_npy
 
 _CENTRE_ROWS = 4096
 _MOST = np.finfo(np.float32).max / 4  # Numbers' differences stay within half of float32's range.
-_SCAN_BYTES = 1 << 25
+_SCAN_BYTES, _READ_BYTES = 1 << 25, 1 << 20  # looked through, and moved, at a time by a thread
+_THREADS = min(8, os.cpu_count() or 1)
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -145,6 +147,18 @@ class Centred:
         """Returns rows start:stop minus the centre, float32."""
         return (self.embeddings.read(start, stop) - self.centre).astype(np.float32, copy=False)
 
+    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
+        """Puts what `read` returns into `out`, by several threads."""
+
+        def part(first: int) -> None:
+            last = min(first + step, stop)
+            rows = self.embeddings.read(first, last)
+            out[first - start : last - start] = np.subtract(rows, self.centre, dtype=rows.dtype)
+
+        step = max(1, _READ_BYTES // (4 * self.width))
+        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+            list(pool.map(part, range(start, stop, step)))
+
     def take(self, indices: np.ndarray) -> np.ndarray:
         """Returns rows by number minus the centre, float32."""
         return (self.embeddings.take(indices) - self.centre).astype(np.float32, copy=False)
@@ -184,20 +198,23 @@ def scan(embeddings: Embeddings) -> Centred:
     first = jax.process_index() * share
     last = min(first + share, embeddings.rows)
     step = max(1, _SCAN_BYTES // (4 * embeddings.width))
-    largest, bad, first_bad = 0.0, 0, embeddings.rows
-    for start in range(first, last, step):
+
+    def look(start: int) -> tuple[float, int, int]:
         part = embeddings.read(start, min(start + step, last))
         with np.errstate(over="ignore", invalid="ignore"):
             most = max(np.max(part.max(axis=0) - centre), np.max(centre - part.min(axis=0)))
             if most < _MOST:  # Not so if it is NaN.
-                largest = max(largest, float(most))
-                continue
+                return float(most), 0, embeddings.rows
             reach = np.max(np.abs(part - centre), axis=1)
         wrong = ~(reach < _MOST)
-        if wrong.any():
-            bad += int(wrong.sum())
-            first_bad = min(first_bad, start + int(np.argmax(wrong)))
-        largest = max(largest, float(np.max(reach, where=~wrong, initial=0.0)))
+        first = start + int(np.argmax(wrong)) if wrong.any() else embeddings.rows
+        return float(np.max(reach, where=~wrong, initial=0.0)), int(wrong.sum()), first
+
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        seen = list(pool.map(look, range(first, last, step)))
+    largest = max((most for most, _, _ in seen), default=0.0)
+    bad = sum(count for _, count, _ in seen)
+    first_bad = min((row for _, _, row in seen), default=embeddings.rows)
     largest = _over_processes(largest, max)
     bad, first_bad = int(_over_processes(bad, sum)), int(_over_processes(first_bad, min))
     if bad:
