@@ -117,7 +117,7 @@ def smoke() -> DistillationConfig:
 
 
 def cpu() -> DistillationConfig:
-    """A quarter of `dino.train`'s cpu model learns from it, on real silhouettes of animals.
+    """A quarter of `dino.train`'s cpu model learns from it, on letters in many fonts.
 
     `python -m dino.distill --config=cpu --workdir=runs/dino-distilled --set
     teacher.checkpoint=runs/dino-cpu`; 2 CPU cores, minutes. Without a checkpoint the teacher is

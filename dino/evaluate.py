@@ -12,7 +12,7 @@ from absl import flags
 from flax import nnx
 
 from common.data.file_sources import CorpusFile
-from common.data.image_corpus import open_images, parse_images
+from common.data.image_corpus import DRAWN, open_images, parse_images
 from common.data.image_sources import ImageSource, find_images
 from common.errors import UserError, nearest
 from common.launch import Run, launch, write_report
@@ -20,7 +20,7 @@ from common.launch.workdir import write_atomically
 from common.sharding import batch_shards, make_mesh
 from dino.checkpoint import load
 from dino.evaluation import depth, linear, protocols, segmentation
-from dino.evaluation.dense_data import DRAWN, PairedFolders, open_labels, read_depth, spread
+from dino.evaluation.dense_data import PairedFolders, open_labels, read_depth, spread
 from dino.evaluation.features import (
     FeatureModel,
     ImageFeatures,

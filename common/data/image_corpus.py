@@ -1,12 +1,13 @@
 """One configuration for every kind of set of images, and the function that opens it."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from common.data import image_assets
 from common.data.file_sources import find_files
 from common.data.image_records import ImageRecords, PreparedImages
-from common.data.image_scenes import AnimalScenes
+from common.data.image_scenes import AnimalScenes, LetterScenes, ShapeScenes
 from common.data.image_sets import Glyphs, Shapes
 from common.data.image_sources import (
     Decoding,
@@ -22,9 +23,17 @@ from common.data.sources import selected
 from common.errors import UserError, nearest
 
 BUILT_IN = (
-    "shapes", "glyphs", "animal-scenes", "animals", "digits", "faces", "small-digits",
+    "shapes", "glyphs", "shape-scenes", "letter-scenes", "animal-scenes", "animals", "digits",
+    "faces", "small-digits",
 )  # fmt: skip
 KINDS = ("folder", "arrays", "array_record", "tfds", *BUILT_IN)
+DRAWN: Mapping[str, type[Shapes | Glyphs | AnimalScenes]] = {
+    "shapes": Shapes,
+    "glyphs": Glyphs,
+    "shape-scenes": ShapeScenes,
+    "letter-scenes": LetterScenes,
+    "animal-scenes": AnimalScenes,
+}
 _ASSETS = {
     "animals": image_assets.animals,
     "digits": image_assets.digits,
@@ -40,9 +49,10 @@ class ImageConfig:
     Attributes:
         kind: "folder" (of image files), "arrays" (.npz or .npy), "array_record" (of encoded
             images, see `ImageRecords`), "tfds" (prepared), or a set that comes with packages:
-            "shapes" or "glyphs" (see `common.data.image_sets`), and with packages that not every
-            machine has, "animals", "digits", "small-digits", "faces" (see
-            `common.data.image_assets`) or "animal-scenes" (see `common.data.image_scenes`).
+            "shapes" or "glyphs" (see `common.data.image_sets`), "shape-scenes" or "letter-scenes"
+            (see `common.data.image_scenes`), and with packages that not every machine has,
+            "animal-scenes", "animals", "digits", "small-digits" or "faces" (see
+            `common.data.image_assets`).
         path: A folder or file; for array_record also a glob pattern, for tfds the folder of the
             prepared version. Sets that come with packages have none.
         classes: For a folder: "auto", "folders" or "none", see `ImageFolder`.
@@ -109,12 +119,8 @@ def _open_kind(config: ImageConfig) -> ImageSource:
         return ImageFolder(find_images(config.path), decoding, config.classes)
     if config.kind == "arrays":
         return open_arrays(config.path, decoding)
-    if config.kind == "shapes":
-        return Shapes(config.drawn_size, config.drawn_count)
-    if config.kind == "glyphs":
-        return Glyphs(config.drawn_size, config.drawn_count)
-    if config.kind == "animal-scenes":
-        return AnimalScenes(config.drawn_size, config.drawn_count)
+    if config.kind in DRAWN:
+        return DRAWN[config.kind](config.drawn_size, config.drawn_count)
     if config.kind == "array_record":
         return ImageRecords(find_files(config.path, "*.array_record*"), decoding)
     if config.kind == "tfds":

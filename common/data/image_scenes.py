@@ -1,7 +1,11 @@
-"""Real silhouettes of animals in scenes that pixels alone do not sort (needs an optional asset).
+"""Scenes: one white object of any place, size and direction on black, with noise.
 
-The silhouettes of `image_assets.animals` lie so much alike that neighbours by raw pixels are nearly
-always of one class. Here each is one object somewhere in an image of its own.
+letter-scenes   capital letters in the fonts that come with matplotlib
+shape-scenes    eight geometric shapes
+animal-scenes   real silhouettes of animals (needs an optional asset)
+
+All objects are of one brightness and all backgrounds of another: a model that learns to tell images
+from one another without labels would do so by colours first, and look at no shape.
 """
 
 import functools
@@ -10,17 +14,41 @@ import numpy as np
 from PIL import Image
 
 from common.data.image_assets import animals
-from common.data.image_sets import DrawnImages
+from common.data.image_sets import DrawnImages, Glyphs, Shapes
 from common.data.image_sources import ImageArrays, Labelling
 
 _TURN = 15.0  # Degrees, at most, either way.
 
 
-class AnimalScenes(DrawnImages):
-    """White animals of any place, size and direction on black, with noise.
+class WhiteOnBlack(DrawnImages):
+    """What scenes have in common."""
 
-    Each has a silhouette of its own; classes take turns. All are of one brightness, for a model
-    that learns to tell images from one another would do so by that, and look at no shape.
+    def _background(self, rng: np.random.Generator) -> np.ndarray:
+        return np.zeros((self.size, self.size, 3))
+
+    def _colour(self, rng: np.random.Generator, background: np.ndarray) -> np.ndarray:
+        return np.full(3, 255.0)
+
+
+class LetterScenes(WhiteOnBlack, Glyphs):
+    """Letters, a little turned, in many fonts; see `DrawnImages`."""
+
+    def __init__(self, size: int, count: int, scale: tuple[float, float] = (0.35, 0.7)):
+        super().__init__(size, count, scale)
+
+
+class ShapeScenes(WhiteOnBlack, Shapes):
+    """Shapes turned by any angle; see `DrawnImages`."""
+
+    def __init__(self, size: int, count: int, scale: tuple[float, float] = (0.25, 0.6)):
+        super().__init__(size, count, scale)
+
+
+class AnimalScenes(WhiteOnBlack):
+    """Animals, either way round and a little turned.
+
+    Each has a silhouette of its own; classes take turns. As `image_assets.animals` has them, they
+    lie so much alike that neighbours by raw pixels are nearly always of one class.
 
     Args:
         size: Side in pixels.
@@ -57,12 +85,6 @@ class AnimalScenes(DrawnImages):
         left, top = round(self.size - x), round(self.size - y)
         box = (left, top, left + self.size, top + self.size)
         return np.asarray(turned.crop(box), np.float64) / 255
-
-    def _background(self, rng: np.random.Generator) -> np.ndarray:
-        return np.zeros((self.size, self.size, 3))
-
-    def _colour(self, rng: np.random.Generator, background: np.ndarray) -> np.ndarray:
-        return np.full(3, 255.0)
 
 
 @functools.cache

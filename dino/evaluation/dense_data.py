@@ -2,7 +2,7 @@
 
 import abc
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from common.data.file_sources import CorpusFile
-from common.data.image_scenes import AnimalScenes
-from common.data.image_sets import DrawnImages, Glyphs, Shapes
+from common.data.image_corpus import DRAWN
+from common.data.image_sets import DrawnImages
 from common.data.image_sources import find_images
 from common.data.image_transforms import turn_hue
 from common.data.images import open_image, open_map
@@ -19,9 +19,6 @@ from common.data.sources import DamagedRecord
 from common.errors import UserError, nearest
 
 IGNORED = 255  # The label of pixels that count for nothing.
-DRAWN: Mapping[str, type[DrawnImages]] = {
-    "shapes": Shapes, "glyphs": Glyphs, "animal-scenes": AnimalScenes,
-}  # fmt: skip
 Pair = tuple[np.ndarray, np.ndarray]
 """An image uint8 [H, W, 3] and its map [H, W]: int32 labels, or float32 depths (0: unknown)."""
 

@@ -40,6 +40,8 @@ def setting(config: ReproduceConfig, measured: Measured) -> str:
     found, crops = measured["pretraining"], config.run.data.crops
     vit = config.run.model.backbone
     pictures = {
+        "letter-scenes": "white letters in many fonts at any place and size on black",
+        "shape-scenes": "white shapes of eight kinds at any place, size and angle on black",
         "animal-scenes": "real silhouettes of ten animals at any place, size and direction",
         "shapes": "drawn shapes of eight kinds",
         "glyphs": "letters in many fonts over pieces of a photograph",

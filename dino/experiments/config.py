@@ -2,10 +2,10 @@
 
 import dataclasses
 
+from common.data.image_corpus import DRAWN
 from common.errors import UserError
 from common.models.vit import ViTConfig
 from common.train import OptimizerConfig
-from dino.evaluation.dense_data import DRAWN
 from dino.presets import Config, high_resolution, small
 
 
@@ -163,7 +163,7 @@ def cpu() -> ReproduceConfig:
     hour on 2 CPU cores, not run to its end yet.
     """
     return ReproduceConfig(
-        run=small(steps=1_200),
+        run=small(steps=1_200, batch_size=64),
         resolution=ResolutionConfig(size=64, steps=120, batch_size=64),
         student=StudentConfig(width=32, num_layers=2, num_heads=2),
     )

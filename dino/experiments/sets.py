@@ -4,10 +4,10 @@ import dataclasses
 
 import numpy as np
 
-from common.data.image_corpus import ImageConfig
+from common.data.image_corpus import DRAWN, ImageConfig
 from common.data.image_sources import ImageArrays
 from common.data.sources import selected
-from dino.evaluation.dense_data import DRAWN, DenseSource, Pair
+from dino.evaluation.dense_data import DenseSource, Pair
 
 
 @dataclasses.dataclass(frozen=True)
