@@ -109,9 +109,10 @@ def smoke() -> Config:
 def cpu() -> Config:
     """Learns from white letters in many fonts on a laptop: 0.2 M parameters, 1,500 steps of 256.
 
-    `python -m dino.train --config=cpu --workdir=runs/dino-cpu`; @MINUTES@ minutes on 2 CPU cores. Then
+    `python -m dino.train --config=cpu --workdir=runs/dino-cpu`; 9 minutes on 2 CPU cores. Then
     `python -m dino.evaluate --checkpoint=runs/dino-cpu --task=knn --train=letter-scenes:train
-    --test=letter-scenes:heldout --baselines=pixels,random`: @SCORES@ (see the README).
+    --test=letter-scenes:heldout --baselines=pixels,random`: 58 % are classified right by 20-NN,
+    45 % by raw pixels (10-NN is their best), 23 % with random weights (see the README).
 
     The images are `letter-scenes`, which need no package that is not installed. For a run that is a
     thousand times shorter than the paper's, with few prototypes, the teacher's temperature and
