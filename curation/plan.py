@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from common.kernels.nearest_centroid.reranked import Nearest
+from common.kernels.nearest_centroid.reranked import Nearest, Rounded
 from common.sharding import MESH_AXES, make_mesh
 from common.sharding.program import Inference, Program
 from curation import assignment, device_rows
@@ -48,16 +48,28 @@ def _assign(config: PoolConfig, mesh: Mesh, level: int, rows: int) -> Program:
     so_far = _pass(mesh, k, width)
     x = jax.ShapeDtypeStruct((shard * mesh.size, width), jnp.float32, sharding=each)
     labels = jax.ShapeDtypeStruct((shard * mesh.size,), jnp.int32, sharding=each)
-    scores = jax.ShapeDtypeStruct(labels.shape, jnp.float32, sharding=each) if resident else None
+    scores = short = None
+    if resident:
+        scores = jax.ShapeDtypeStruct(labels.shape, jnp.float32, sharding=each)
+        short = Rounded(jax.ShapeDtypeStruct(x.shape, jnp.uint16, sharding=each), scores)
     moved = jax.ShapeDtypeStruct((k,), jnp.bool_, sharding=whole)
     centroids = jax.ShapeDtypeStruct((k, width), jnp.float32, sharding=whole)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     span = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
     return Program(
         function=assignment.assign,
-        arguments=(so_far, x, Nearest(labels, scores, scores), number, centroids, moved, span),
+        arguments=(
+            so_far,
+            x,
+            Nearest(labels, scores, scores),
+            number,
+            centroids,
+            moved,
+            span,
+            short,
+        ),
         keywords={"mesh": mesh, "block": block, "precision": "bfloat16"},
-        holds={"rows": x, "centroids": centroids, "sums": so_far},
+        holds={"rows": (x, short), "centroids": centroids, "sums": so_far},
         mesh=mesh,
         flops=2.0 * chunk * k * width,
         items=chunk,
