@@ -131,8 +131,8 @@ class ReproduceConfig:
 def smoke() -> ReproduceConfig:
     """Every experiment once, too short for most outcomes: shows that everything runs.
 
-    `python -m dino.reproduce --config=smoke --workdir=runs/dino-reproduce-smoke`; 2 CPU cores, an
-    estimated two minutes, most of them compilation. The student is as large as its teacher, so that
+    `python -m dino.reproduce --config=smoke --workdir=runs/dino-reproduce-smoke`; 2 CPU cores,
+    97 seconds, most of them compilation. The student is as large as its teacher, so that
     there is less to compile.
     """
     run = small(steps=50, batch_size=32)
@@ -159,8 +159,8 @@ def smoke() -> ReproduceConfig:
 def cpu() -> ReproduceConfig:
     """Every arm for 1,200 steps of 64 images.
 
-    `python -m dino.reproduce --config=cpu --workdir=runs/dino-reproduce-cpu`; meant for half an
-    hour on 2 CPU cores, not run to its end yet.
+    `python -m dino.reproduce --config=cpu --workdir=runs/dino-reproduce-cpu`; 24 minutes on 2 CPU
+    cores, 12 of 18 outcomes as expected.
     """
     return ReproduceConfig(
         run=small(steps=1_200, batch_size=64),
