@@ -122,10 +122,8 @@ def lloyd(
 
 def assign_rows(rows: DeviceRows, centroids: np.ndarray, precision: Precision) -> Assignment:
     """Assigns all rows to given centroids `[K, D]` of centred rows."""
-    state, here = (
-        _State(rows, len(centroids), precision),
-        _everywhere(rows, np.asarray(centroids, np.float32)),
-    )
+    state = _State(rows, len(centroids), precision)
+    here = _everywhere(rows, np.asarray(centroids, np.float32))
     state.assign(here, None, update=False)
     return state.measured(here)
 

@@ -135,10 +135,8 @@ def _main(run: Run) -> None:
         inference,
         quick=QUICK.value,
     )
-    # What is printed or kept beside the plan is no part of what was planned.
-    words = [w for w in shlex.split(run.command) if not re.match(r"--(json|table|debug)\b", w)]
     report = Report(
-        command=shlex.join(words),
+        command=_planned(run.command),
         package=given["package"],
         config=given["config"],
         overrides=list(SET.value),
@@ -148,6 +146,17 @@ def _main(run: Run) -> None:
     if TABLE.value:
         add_to_table(report, Path(TABLE.value))
     print(json.dumps(as_json(report), indent=2, allow_nan=False) if JSON.value else as_text(report))
+
+
+def _planned(command: str) -> str:
+    """The command without what is printed or kept beside the plan: no part of what was planned."""
+    kept, words = [], iter(shlex.split(command))
+    for word in words:
+        if word in ("--table", "-table"):
+            next(words, None)  # Its value stands apart.
+        elif not re.match(r"--?(json|table|debug)\b", word):
+            kept.append(word)
+    return shlex.join(kept)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

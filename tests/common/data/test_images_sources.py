@@ -292,13 +292,14 @@ SCENES = pytest.param(
 
 @pytest.mark.parametrize("kind", [Shapes, Glyphs, LetterScenes, ShapeScenes, SCENES])
 def test_drawn_images(kind):
+    least = 0.01 if kind is ShapeScenes else 0.02  # A bar a quarter as long as the side.
     source = kind(24, 60)
     assert len(source) == 60
     np.testing.assert_array_equal(np.bincount(source.labels[: 2 * len(source.classes)]), 2)
     for index in range(0, 60, 7):
         image, covered = source.draw(index)
         assert (image.shape, image.dtype) == ((24, 24, 3), np.uint8)
-        assert 0.01 < covered.mean() < 0.7
+        assert least < covered.mean() < 0.7
         # The object's colour stands out from what surrounds it.
         inside, outside = image[covered].mean(0), image[~covered].mean(0)
         assert np.linalg.norm(inside - outside) > 25
@@ -318,7 +319,7 @@ def test_raw_pixels_do_not_tell_the_classes_of_drawn_images(kind):
     nearest = np.argsort(pixels[800:] @ pixels[:800].T, axis=1)[:, -10:]
     votes = np.stack([(source.labels[nearest] == c).sum(1) for c in range(len(source.classes))], 1)
     right = (votes.argmax(1) == source.labels[800:]).mean()
-    assert right < 4.0 / len(source.classes)
+    assert right < (4.0 if kind is LetterScenes else 3.0) / len(source.classes)
 
 
 def test_short_names(tmp_path):
