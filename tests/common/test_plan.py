@@ -36,7 +36,9 @@ def test_a_training_step_as_json(capsys):
     assert "all-reduce" in {c["kind"] for c in train["collectives"]}, "gradients are summed"
 
 
-@pytest.mark.parametrize("beside", ["--table=a.md", "--table a.md", "--json", "--debug -table a.md"])
+@pytest.mark.parametrize(
+    "beside", ["--table=a.md", "--table a.md", "--json", "--debug -table a.md"]
+)
 def test_the_command_is_what_was_planned(beside):
     planned = "python -m common.plan --package=t5gemma --set a=b"
     assert command._planned(f"{planned} {beside}") == planned
