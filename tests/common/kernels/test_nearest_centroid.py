@@ -141,10 +141,10 @@ def test_vmap_over_leading_axes(form):
 
 
 def test_no_matrix_of_all_distances():
-    size = 4096
+    size = 16_384
     shape = jax.ShapeDtypeStruct((size, 8), jnp.float32)
     compiled = jax.jit(nearest_centroid).lower(shape, shape).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < size * size  # a quarter of the matrix
+    assert compiled.memory_analysis().temp_size_in_bytes < size * size * 4 / 32  # a few tiles
     text = compiled.as_text()
     assert f"[{size},{size}]" not in text
     assert "conditional" not in text, "the platform was not resolved"
