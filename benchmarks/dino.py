@@ -70,6 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=harness.RESULTS)
     parser.add_argument("--name", default="dino", help="stem of the result files")
     flags = parser.parse_args(arguments)
+    harness.run_as_launchers_do()
     try:
         path = _run(flags)
     except UserError as error:

@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 
 import recurrentgemma
-from benchmarks import side_by_side
+from benchmarks import harness, side_by_side
 from benchmarks.peers.contender import Contender
 from benchmarks.peers.recurrentgemma_process import PublicPackage
 from benchmarks.peers.recurrentgemma_tenfold import Tenfold
@@ -67,6 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--peer-python", default=os.environ.get("TENFOLD_PEER_PYTHON"))
     flags = parser.parse_args(arguments)
+    harness.run_as_launchers_do()
     return side_by_side.report_errors(BENCHMARK, lambda: _run(flags))
 
 

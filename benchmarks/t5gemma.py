@@ -20,7 +20,7 @@ from pathlib import Path
 from flax import nnx
 
 import t5gemma
-from benchmarks import side_by_side
+from benchmarks import harness, side_by_side
 from benchmarks.peers.contender import Contender
 from benchmarks.peers.t5gemma_tenfold import Tenfold
 from benchmarks.side_by_side import OURS
@@ -64,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--beams", type=int, default=4, help="hypotheses of beam search")
     flags = parser.parse_args(arguments)
+    harness.run_as_launchers_do()
     return side_by_side.report_errors(BENCHMARK, lambda: _run(flags))
 
 

@@ -25,8 +25,10 @@ def start(package: str, debug: bool = False, alone: bool = True) -> None:
     """
     import jax
 
+    from common.launch.host_memory import keep_freed_memory
     from common.sharding import cluster, initialize_distributed
 
+    keep_freed_memory()
     # Data pipelines read absl's global flags, which no launcher uses, and refuse unparsed ones.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()

@@ -18,7 +18,7 @@ from flax import nnx
 from common.nn.embed import Embedding
 from common.nn.layout import TokenLayout, chunk_layout, end_of_chunk, sequence_layout
 from common.nn.norms import RMSNorm
-from common.nn.stack import remat, stack
+from common.nn.stack import remat, scan_layers, stack
 from common.nn.table import Head, tied_nll
 from common.sharding import shard
 
@@ -374,7 +374,7 @@ class LanguageModel(nnx.Module):
                 return unit(x, layout, states, *context)
 
             states = none if cache is None else cache.units
-            x, units = jax.lax.scan(remat(body, self.remat_policy), x, (self.units, states))
+            x, units = scan_layers(body, x, (self.units, states), self.remat_policy)
         if self.rest is not None:
             states = (None,) * len(self.rest.blocks) if cache is None else cache.rest
             tail = remat(lambda x, rest: rest(x, layout, states, *context), self.remat_policy)

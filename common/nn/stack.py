@@ -7,11 +7,29 @@ import jax
 from flax import nnx
 
 REMAT_POLICIES = ("none", "full", "dots")
+# So many layers at most are written out on a CPU: what it takes to compile them grows with them.
+_MOST_WRITTEN_OUT = 8
 
 
 def stack(build: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
     """Builds `depth` independent copies as one module with leaves `[depth, ...]`."""
     return nnx.vmap(build)(rngs.split(depth))
+
+
+def scan_layers(
+    body: Callable[[Any, Any], tuple[Any, Any]], x: Any, layers: Any, policy: str = "none"
+) -> tuple[Any, Any]:
+    """`jax.lax.scan(body, x, layers)`, of which the backward pass keeps what `policy` says.
+
+    On a mesh of CPUs a few layers are written out: a loop there slices each layer's weights out of
+    their stack by copying them, and first fills with zeros what it writes results and gradients to.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    depth = len(jax.tree.leaves(layers)[0])
+    on_cpu = not mesh.empty and mesh.abstract_device.device_kind == "cpu"
+    write_out = on_cpu and depth <= _MOST_WRITTEN_OUT
+    body = remat(body, policy, in_loop=not write_out)
+    return jax.lax.scan(body, x, layers, unroll=depth if write_out else 1)
 
 
 def remat(body: Callable[..., Any], policy: str, *, in_loop: bool = True) -> Callable[..., Any]:

@@ -83,6 +83,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Returns clipping, moments, decay and learning rate as one transformation.
 
+    Where it clips, its `update` takes the gradients' global norm as `norm`, if that is known.
+
     Args:
       config: what to build.
       steps: length of the run in updates, where the schedule ends.
@@ -136,22 +138,28 @@ def _decay(config: OptimizerConfig, steps: int, mask: Any) -> optax.GradientTran
 
 
 def _clip(most: float, groups: Any) -> optax.GradientTransformation:
-    """Bounds the norm of the gradients, of each group by itself."""
-    if len(set(jax.tree.leaves(groups))) <= 1:
-        return optax.clip_by_global_norm(most)
+    """Bounds the norm of the gradients, of each group by itself.
 
-    def update(updates: Any, params: Any = None) -> Any:
+    By one factor, 1 where nothing is to be clipped: the compiler takes a multiplication, and no
+    division, into whatever reads the gradients next.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None, *, norm: Any = None, **_: Any) -> Any:
         leaves, structure = jax.tree.flatten(updates)
-        names = structure.flatten_up_to(groups)
-        norms = {
-            name: optax.tree.norm([x for x, own in zip(leaves, names) if own == name])
-            for name in dict.fromkeys(names)  # In their order: each process traces the same.
-        }
+        names = [""] * len(leaves) if groups is None else structure.flatten_up_to(groups)
+        parts = dict.fromkeys(names)  # In their order: each process traces the same.
+        if len(parts) == 1 and norm is not None:
+            norms = dict.fromkeys(parts, norm)
+        else:
+            norms = {
+                name: optax.tree.norm([x for x, own in zip(leaves, names) if own == name])
+                for name in parts
+            }
         factors = {name: most / jnp.maximum(norm, most) for name, norm in norms.items()}
         clipped = [(x * factors[name]).astype(x.dtype) for x, name in zip(leaves, names)]
-        return jax.tree.unflatten(structure, clipped)
+        return jax.tree.unflatten(structure, clipped), state
 
-    return optax.stateless(update)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def _any_differs(rates: Any) -> bool:

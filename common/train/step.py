@@ -45,6 +45,7 @@ def make_train_step(
       log_param_norm: also report the global norm of the parameters.
     """
     shardings = shardings_of(abstract)
+    optimizer = optax.with_extra_args_support(optimizer)
     gradients = _Gradients(parts, mesh, parts.split_trained(shardings.params)[0], accumulation)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -53,7 +54,7 @@ def make_train_step(
         weight = jnp.where(loss.weight == 0, 1.0, loss.weight)
         mean, grad_norm = loss.total / weight, optax.tree.norm(grads) / weight
         finite = jnp.isfinite(mean) & jnp.isfinite(grad_norm)
-        new = _updated(parts, optimizer, state, grads, weight, rest, finite)
+        new = _updated(parts, optimizer, state, grads, weight, grad_norm, rest, finite)
         metrics = {
             "loss": mean,
             "grad_norm": grad_norm,
@@ -95,23 +96,25 @@ def make_eval_step(parts: ModelParts, mesh: Mesh, abstract: TrainState) -> Any:
 
 def _updated(
     parts: ModelParts,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     state: TrainState,
     grads: PureDict,
     weight: jax.Array,
+    norm: jax.Array,
     rest: PureDict,
     finite: jax.Array,
 ) -> TrainState:
     """Returns the state after an update, or, where it is not finite, without it.
 
     A branch, and no choice between old and new values: that would copy most of the state before it
-    is written. The gradients, summed, are divided by the weight in here.
+    is written. The gradients, summed, are divided by the weight in here, as a factor that the
+    compiler takes into what reads them; their mean's norm is `norm`.
     """
 
     def update() -> tuple[PureDict, Any, PureDict, Any]:
         trained, frozen = parts.split_trained(state.params)
-        mean = jax.tree.map(lambda g: g / weight, grads)
-        updates, opt_state = optimizer.update(mean, state.opt_state, trained)
+        mean = jax.tree.map(lambda g: g * (1 / weight), grads)
+        updates, opt_state = optimizer.update(mean, state.opt_state, trained, norm=norm)
         params = parts.join(optax.apply_updates(trained, updates), frozen)
         params, extra = parts.task.after_update(params, state.extra, state.step + 1)
         return params, opt_state, rest, extra
