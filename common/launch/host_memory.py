@@ -9,7 +9,7 @@ import jax
 
 # Numbers of glibc's `mallopt` (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
-_MOST_FREE = 2**31 - 1  # Bytes; what is free at the heap's end beyond them goes back.
+_NEVER = -1  # Does what is free at the heap's end go back.
 _ACCELERATORS = ("nvidiactl", "accel*", "vfio/[0-9]*", "kfd")
 
 
@@ -35,7 +35,7 @@ def keep_freed_memory() -> bool:
     if not hasattr(library, "gnu_get_libc_version"):
         return False
     # Threads with heaps of their own would still have large pieces from the system.
-    settings = ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _MOST_FREE))
+    settings = ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _NEVER))
     return all([library.mallopt(*setting) for setting in settings])
 
 

@@ -341,13 +341,14 @@ class ViT(nnx.Module):
             block, key = block_and_key
             return shard(block(x, key, mask), "batch", "seq", None), None
 
-        loop = self._is_stacked and not self.config.unroll
-        body = remat(body, self.config.remat, in_loop=loop)
-        if not loop:
+        unroll = self.config.unroll
+        body = remat(body, self.config.remat, in_loop=self._is_stacked and not unroll)
+        if not self._is_stacked:
             for n in range(self.config.num_layers):
                 x, _ = body(x, (self._block(n), None if keys is None else keys[n]))
             return x
-        x, _ = jax.lax.scan(body, x, (self.blocks, keys))
+        depth = self.config.num_layers if unroll else 1
+        x, _ = jax.lax.scan(body, x, (self.blocks, keys), unroll=depth)
         return x
 
     def outputs(self, x: jax.Array, blocks: Sequence[int]) -> tuple[jax.Array, ...]:
