@@ -2,6 +2,7 @@
 
 from common.launch.app import Run as Run
 from common.launch.app import launch as launch
+from common.launch.host_memory import keep_freed_memory as keep_freed_memory
 from common.launch.plots import Figure as Figure
 from common.launch.plots import Line as Line
 from common.launch.plots import line_from_metrics as line_from_metrics

@@ -21,6 +21,9 @@ def keep_freed_memory() -> bool:
     first touched, and goes back at the end: a fifth of the time of a training step. For this to
     hold in the threads that compiled programs run in, it has to come before JAX starts.
 
+    The process then stays as large as it has once been. Where memory is short, have it otherwise:
+    `MALLOC_ARENA_MAX=8` or any such variable in the environment leaves all as it was.
+
     Nothing changes where programs may run on an accelerator, where the C library is none of GNU's,
     or where the environment says itself how memory is to be had (`MALLOC_*`, `GLIBC_TUNABLES`).
 

@@ -1,8 +1,8 @@
 """Attention in plain XLA, in one of two forms.
 
-`direct` holds all scores of the call at once: best while they fit in cache. `blocked`
-walks over tiles of queries and keys with a running softmax and never visits a tile that the causal
-bound or the window excludes, so that local attention costs O(T * window) work and memory.
+`direct` holds all scores of the call at once: best while they are few. `blocked` walks over tiles
+of queries and keys with a running softmax and never visits a tile that the causal bound or the
+window excludes, so that local attention costs O(T * window) work and memory.
 """
 
 from types import ModuleType
@@ -48,12 +48,13 @@ def backward(
 def _form(options: Options, q: jax.Array, k: jax.Array) -> ModuleType:
     """Picks the module by static shape, as measured on a CPU.
 
-    Tiles pay when they skip a fifth of the pairs, padding counted, and from about 512 x 512 pairs
-    on for their use of the cache.
+    Tiles pay when they skip three tenths of the pairs, padding counted, or four tenths of few. Where they
+    skip less they pay for their memory alone, from some tens of megabytes of scores on.
     """
     queries, keys = q.shape[-2], k.shape[-2]
     tiles = blocked.tiling(options, queries, keys)
-    if queries <= tiles.block_q or keys <= tiles.block_k:
+    if queries <= tiles.block_q or keys <= 128:
         return direct
-    large = queries * keys >= 512 * 512
-    return blocked if tiles.work() <= (1.3 if large else 0.8) else direct
+    if tiles.block_k == keys:
+        return blocked if q.size // q.shape[-1] * keys > 2**23 else direct
+    return blocked if queries * keys >= 512 * 512 or tiles.work() <= 0.6 else direct

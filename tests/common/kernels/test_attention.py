@@ -15,7 +15,14 @@ from common.kernels import attention
 from common.kernels.attention import blocked, direct, xla
 from common.kernels.attention.options import Options
 
-FORMS = {"direct": direct, "blocked": blocked}
+FORMS = ("direct", "squares", "strips")
+
+
+def use(form: str, monkeypatch) -> None:
+    """Has the plain XLA form cut as `form` says: squares of 128, or strips of 64 queries."""
+    monkeypatch.setattr(xla, "_form", lambda *_: direct if form == "direct" else blocked)
+    monkeypatch.setattr(blocked, "_WORTH_SKIPPING", 0.0 if form == "strips" else 1e9)
+    monkeypatch.setattr(blocked, "_STRIP", 64)
 
 
 CASES = {
@@ -49,7 +56,7 @@ def test_equals_oracle(case, form, monkeypatch):
     shape, options = CASES[case]
     arrays = draw(*shape)
     if form in FORMS:
-        monkeypatch.setattr(xla, "_form", lambda *_: FORMS[form])
+        use(form, monkeypatch)
     name = "reference" if form == "reference" else "xla"
     check(run(arrays, implementation=name, **options), oracle(*arrays, **options))
 
@@ -79,7 +86,7 @@ def test_long_causal_takes_wide_tiles():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_bfloat16(form, monkeypatch):
-    monkeypatch.setattr(xla, "_form", lambda *_: FORMS[form])
+    use(form, monkeypatch)
 
     def rounded(value):
         return np.asarray(jnp.asarray(value, jnp.bfloat16), np.float64)
@@ -93,7 +100,7 @@ def test_bfloat16(form, monkeypatch):
 @pytest.mark.parametrize("form", ["reference", *FORMS])
 def test_queries_without_keys_give_zeros(form, monkeypatch):
     if form in FORMS:
-        monkeypatch.setattr(xla, "_form", lambda *_: FORMS[form])
+        use(form, monkeypatch)
     name = "reference" if form == "reference" else "xla"
     arrays = draw(1, 150, 150, 2, 1, 4)
     mask = jnp.ones((150, 150), bool).at[7].set(False).at[140:].set(False)
@@ -178,8 +185,8 @@ def test_sharded_over_batch_and_heads_without_gathering(length):
 
 
 def test_form_follows_shape():
-    def form(queries, keys, before=None, after=None):
-        q, k = (jax.ShapeDtypeStruct((1, 1, 1, n, 8), jnp.float32) for n in (queries, keys))
+    def form(queries, keys, before=None, after=None, heads=1):
+        q, k = (jax.ShapeDtypeStruct((1, heads, 1, n, 8), jnp.float32) for n in (queries, keys))
         return xla._form(Options(1.0, None, before, after), q, k)
 
     assert form(1, 8192, after=0) is direct
@@ -187,7 +194,18 @@ def test_form_follows_shape():
     assert form(257, 257) is direct, "padding to whole tiles would cost more than it saves"
     assert form(512, 512, after=0) is blocked
     assert form(384, 384, before=63, after=0) is blocked
+    assert form(512, 512, before=255, after=255, heads=16) is direct
+    assert form(1370, 1370) is direct
+    assert form(1370, 1370, heads=6) is blocked, "in strips, whose scores are fewer"
     assert form(4096, 4096) is blocked
+
+
+def test_strips_hold_all_keys_and_divide_the_queries_evenly():
+    tiles = blocked.tiling(Options(1.0, None, None, None), 1370, 1300)
+    assert (tiles.block_q, tiles.block_k) == (229, 1300)
+    assert tiles.blocks == (6, 1)
+    square = blocked.tiling(Options(1.0, None, 100, 100), 1370, 1370)
+    assert (square.block_q, square.block_k) == (128, 128)
 
 
 @pytest.mark.parametrize(

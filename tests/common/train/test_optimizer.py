@@ -39,6 +39,21 @@ def test_clipping_bounds_the_global_norm():
     assert float(optax.tree.norm(update(config, large))) == pytest.approx(0.5, rel=1e-5)
 
 
+def test_a_norm_that_is_known_is_not_taken_again():
+    config = OptimizerConfig("sgd", 1.0, schedule="constant", weight_decay=0.0, clip_norm=0.5)
+    optimizer = make_optimizer(config, 10, MASK)
+    grads = jax.tree.map(lambda x: 100 * x, PARAMS)
+    for told, left in ((optax.tree.norm(grads), 0.5), (4 * optax.tree.norm(grads), 0.125)):
+        updates, _ = optimizer.update(grads, optimizer.init(PARAMS), PARAMS, norm=told)
+        assert float(optax.tree.norm(updates)) == pytest.approx(left, rel=1e-5)
+
+
+def test_gradients_below_the_bound_stay_bit_for_bit():
+    config = OptimizerConfig("sgd", 1.0, schedule="constant", weight_decay=0.0, clip_norm=100.0)
+    grads = {"matrix": jax.random.normal(jax.random.key(0), (4, 4)), "vector": jnp.zeros(4)}
+    np.testing.assert_array_equal(update(config, grads)["matrix"], -grads["matrix"])
+
+
 def test_first_moment_may_be_smaller():
     optimizer = make_optimizer(OptimizerConfig(moment_dtype="bfloat16"), 10, MASK)
     adam = optax.tree.get(optimizer.init(PARAMS), "mu")
