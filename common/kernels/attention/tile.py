@@ -1,5 +1,7 @@
 """The arithmetic of one tile of attention: scores, and the gradient through them."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -15,8 +17,15 @@ def product(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
 
 
 def raw_scores(options: Options, q: jax.Array, k: jax.Array) -> jax.Array:
-    """Returns the scores `[B, K, G, t, s]` in float32, soft-capped but not masked."""
-    scores = options.scale * product("bkgth,bksh->bkgts", q, k)
+    """Returns the scores `[B, K, G, t, s]` in float32, soft-capped but not masked.
+
+    The queries are scaled, which are fewer than the scores, where that rounds nothing away.
+    """
+    scale = options.scale
+    if q.dtype == jnp.float32 or math.frexp(scale)[0] == 0.5:
+        scores = product("bkgth,bksh->bkgts", q * jnp.asarray(scale, q.dtype), k)
+    else:
+        scores = scale * product("bkgth,bksh->bkgts", q, k)
     if options.softcap is None:
         return scores
     return options.softcap * jnp.tanh(scores / options.softcap)
