@@ -44,7 +44,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=harness.RESULTS)
     parser.add_argument("--name", default="curation", help="stem of the result files")
     flags = parser.parse_args(arguments)
-    harness.run_as_launchers_do()
     try:
         with _one_thread() if flags.clock == "processor" else contextlib.nullcontext():
             path = _run(flags)
