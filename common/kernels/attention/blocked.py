@@ -60,19 +60,19 @@ def forward(
 
     def query_block(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple:
         out, log_sum = carry
-        q_i = _take(operands.q, i, tiles.block_q, axis=-2)
+        q_i = tile.rows_of(_take(operands.q, i, tiles.block_q, axis=-2))
 
         def key_block(j: jax.Array, running: tuple) -> tuple:
             maximum, total, weighted = running
             k_j, v_j = (_take(value, j, tiles.block_k, axis=-2) for value in operands[1:3])
             allowed = _allowed(tiles, operands, i, j)
-            scores = tile.masked(tile.raw_scores(options, q_i, k_j), allowed)
+            scores = tile.scores_of_rows(options, q_i, k_j, allowed, tiles.block_q)
             new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1))
             base = tile.finite(new_maximum)
             shrink = jnp.exp(maximum - base)
             weights = jnp.exp(scores - base[..., None])
-            update = tile.product("bkgts,bksh->bkgth", weights, v_j)
-            total = total * shrink + jnp.sum(weights, axis=-1)
+            share, update = tile.weighted_sum(weights, v_j)
+            total = total * shrink + share
             return new_maximum, total, weighted * shrink[..., None] + update
 
         row = q_i[..., 0]
@@ -82,8 +82,10 @@ def forward(
             jnp.zeros_like(q_i, dtype=jnp.float32),
         )
         maximum, total, weighted = lax.fori_loop(*tiles.keys_of(i), key_block, running)
-        out = _put(out, tile.normalise(total, weighted, out.dtype), i, axis=-2)
-        return out, _put(log_sum, tile.log_sum_of(total, tile.finite(maximum)), i, axis=-1)
+        shape = (*q.shape[:3], tiles.block_q)
+        one = tile.normalise(total, weighted, out.dtype).reshape(*shape, -1)
+        its = tile.log_sum_of(total, tile.finite(maximum)).reshape(shape)
+        return _put(out, one, i, axis=-2), _put(log_sum, its, i, axis=-1)
 
     empty = (jnp.zeros_like(operands.q), jnp.zeros_like(operands.q[..., 0], dtype=jnp.float32))
     count = operands.q.shape[-2] // tiles.block_q

@@ -20,12 +20,11 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the output `[B, K, G, T, h]` and the log-sum `[B, K, G, T]`."""
     allowed = allowed_pairs(options, mask, segments, offset, q.shape[-2], k.shape[-2])
-    scores = tile.masked(tile.raw_scores(options, q, k), allowed)
+    scores = tile.scores_of_rows(options, tile.rows_of(q), k, allowed, q.shape[-2])
     maximum = tile.finite(jnp.max(scores, axis=-1))
-    weights = jnp.exp(scores - maximum[..., None])
-    total = jnp.sum(weights, axis=-1)
-    weighted = tile.product("bkgts,bksh->bkgth", weights, v)
-    return tile.normalise(total, weighted, q.dtype), tile.log_sum_of(total, maximum)
+    total, weighted = tile.weighted_sum(jnp.exp(scores - maximum[..., None]), v)
+    out, log_sum = tile.normalise(total, weighted, q.dtype), tile.log_sum_of(total, maximum)
+    return out.reshape(q.shape), log_sum.reshape(q.shape[:-1])
 
 
 def backward(

@@ -36,6 +36,42 @@ def masked(scores: jax.Array, allowed: jax.Array | None) -> jax.Array:
     return scores if allowed is None else jnp.where(allowed, scores, -jnp.inf)
 
 
+def rows_of(q: jax.Array) -> jax.Array:
+    """`[B, K, G, t, h] -> [B, K, G t, h]`: a group's heads, which read the same keys, in a row."""
+    return q.reshape(*q.shape[:2], -1, q.shape[-1])
+
+
+def scores_of_rows(
+    options: Options, rows: jax.Array, k: jax.Array, allowed: jax.Array | None, queries: int
+) -> jax.Array:
+    """Returns the scores `[B, K, G t, s]` of `rows_of`, masked.
+
+    Without an axis of the heads, which XLA's CPU backend would copy the scores for.
+
+    Args:
+      options: the call's.
+      rows: `[B, K, G t, h]`.
+      k: `[B, K, s, h]`.
+      allowed: broadcastable to `[B, K, G, t, s]`, or None.
+      queries: t.
+    """
+    scores = raw_scores(options, rows[:, :, None], k)
+    if allowed is not None:
+        apart = scores.reshape(*rows.shape[:2], -1, queries, k.shape[-2])
+        scores = masked(apart, allowed)
+    return scores.reshape(*rows.shape[:3], k.shape[-2])
+
+
+def weighted_sum(weights: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the total of the weights `[B, K, r]` and the values' weighted sum `[B, K, r, h]`.
+
+    The weights that are added up are those that the values are weighted by, in the values' dtype.
+    """
+    weights = weights.astype(v.dtype)
+    total = jnp.sum(weights, axis=-1, dtype=jnp.float32)
+    return total, product("bkrs,bksh->bkrh", weights, v)
+
+
 def finite(maximum: jax.Array) -> jax.Array:
     """Replaces minus infinity, the maximum of a row with nothing allowed, by 0."""
     return jnp.where(jnp.isneginf(maximum), 0.0, maximum)
