@@ -5,8 +5,6 @@ import os
 import sys
 from pathlib import Path
 
-import jax
-
 # Numbers of glibc's `mallopt` (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _NEVER = -1  # Does what is free at the heap's end go back.
@@ -39,11 +37,13 @@ def keep_freed_memory() -> bool:
         return False
     # Threads with heaps of their own would still have large pieces from the system.
     settings = ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _NEVER))
-    return all([library.mallopt(*setting) for setting in settings])
+    return all(library.mallopt(*setting) for setting in settings)
 
 
 def _on_cpu() -> bool:
     """Whether JAX, which must not be started for it, will have CPUs alone."""
+    import jax  # Late: whoever asks for help alone waits for no library.
+
     platforms = jax.config.jax_platforms
     if platforms:
         return platforms == "cpu"

@@ -104,7 +104,12 @@ class _Rows:
                 self._inward(start, scale).ravel(),
                 jac=True,
                 method="L-BFGS-B",
-                options={"maxiter": iterations, "ftol": _TOLERANCE, "gtol": _TOLERANCE, "maxls": 50},
+                options={
+                    "maxiter": iterations,
+                    "ftol": _TOLERANCE,
+                    "gtol": _TOLERANCE,
+                    "maxls": 50,
+                },
             )
         weights = result.x.reshape(shape)
         kernel = self._axes @ (scale * weights[:-1])

@@ -48,8 +48,8 @@ def backward(
 def _form(options: Options, q: jax.Array, k: jax.Array) -> ModuleType:
     """Picks the module by static shape, as measured on a CPU.
 
-    Tiles pay when they skip three tenths of the pairs, padding counted, or four tenths of few. Where they
-    skip less they pay for their memory alone, from some tens of megabytes of scores on.
+    Tiles pay when they skip three tenths of the pairs, padding counted, or four tenths of few.
+    Where they skip less they pay for their memory alone, from some tens of megabytes of scores on.
     """
     queries, keys = q.shape[-2], k.shape[-2]
     tiles = blocked.tiling(options, queries, keys)
