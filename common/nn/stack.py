@@ -24,9 +24,9 @@ def scan_layers(
     On a mesh of CPUs a few layers are written out: a loop there slices each layer's weights out of
     their stack by copying them, and first fills with zeros what it writes results and gradients to.
     """
-    mesh = jax.sharding.get_abstract_mesh()
     depth = len(jax.tree.leaves(layers)[0])
-    on_cpu = not mesh.empty and mesh.abstract_device.device_kind == "cpu"
+    device = jax.sharding.get_abstract_mesh().abstract_device  # None without a mesh.
+    on_cpu = device is not None and device.device_kind == "cpu"
     write_out = on_cpu and depth <= _MOST_WRITTEN_OUT
     body = remat(body, policy, in_loop=not write_out)
     return jax.lax.scan(body, x, layers, unroll=depth if write_out else 1)
