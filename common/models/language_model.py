@@ -374,7 +374,8 @@ class LanguageModel(nnx.Module):
                 return unit(x, layout, states, *context)
 
             states = none if cache is None else cache.units
-            x, units = scan_layers(body, x, (self.units, states), self.remat_policy)
+            layers = (self.units, states)
+            x, units = scan_layers(body, x, layers, self.remat_policy, blocks=self.unit_size)
         if self.rest is not None:
             states = (None,) * len(self.rest.blocks) if cache is None else cache.rest
             tail = remat(lambda x, rest: rest(x, layout, states, *context), self.remat_policy)

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 REMAT_POLICIES = ("none", "full", "dots")
-# So many layers at most are written out on a CPU: what it takes to compile them grows with them.
+# So many blocks at most are written out on a CPU: what it takes to compile them grows with them.
 _MOST_WRITTEN_OUT = 8
 
 
@@ -17,17 +17,27 @@ def stack(build: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -
 
 
 def scan_layers(
-    body: Callable[[Any, Any], tuple[Any, Any]], x: Any, layers: Any, policy: str = "none"
+    body: Callable[[Any, Any], tuple[Any, Any]],
+    x: Any,
+    layers: Any,
+    policy: str = "none",
+    *,
+    blocks: int = 1,
 ) -> tuple[Any, Any]:
     """`jax.lax.scan(body, x, layers)`, of which the backward pass keeps what `policy` says.
 
     On a mesh of CPUs a few layers are written out: a loop there slices each layer's weights out of
     their stack by copying them, and first fills with zeros what it writes results and gradients to.
+
+    Args:
+      body, x, layers: as of `jax.lax.scan`.
+      policy: see `remat`.
+      blocks: how many blocks a layer has.
     """
     depth = len(jax.tree.leaves(layers)[0])
     device = jax.sharding.get_abstract_mesh().abstract_device  # None without a mesh.
     on_cpu = device is not None and device.device_kind == "cpu"
-    write_out = on_cpu and depth <= _MOST_WRITTEN_OUT
+    write_out = on_cpu and depth * blocks <= _MOST_WRITTEN_OUT
     body = remat(body, policy, in_loop=not write_out)
     return jax.lax.scan(body, x, layers, unroll=depth if write_out else 1)
 

@@ -78,7 +78,8 @@ class _Rows:
         self._count, self._classes = len(x), classes
         with jax.enable_x64(True):
             variances, axes = np.linalg.eigh(np.asarray(jnp.asarray(x.T) @ jnp.asarray(x)) / len(x))
-            varies = variances > len(variances) * np.finfo(np.float64).eps * variances[-1]
+            least = len(variances) * np.finfo(np.float64).eps * np.max(variances, initial=0.0)
+            varies = variances > least
             self._variances, self._axes = variances[varies], axes[:, varies]
             self._x = jnp.asarray(x) @ jnp.asarray(self._axes)
             self._y = jnp.asarray(np.asarray(labels, np.int32))

@@ -192,6 +192,16 @@ def test_logistic_regression_is_the_minimum(clusters):
         assert objective(flat, strength) <= best.fun * (1 + 1e-7) + 1e-9
         np.testing.assert_allclose(found.kernel, best.x[:32].reshape(8, 4), atol=2e-3)
     assert found.kernel.dtype == np.float64
+    # What does not vary has no weight, whatever else is there.
+    constant = np.concatenate([train, np.full((len(train), 3), 7.0)], 1)
+    wider = fit_logistic(constant, labels, 4, 10.0)
+    np.testing.assert_allclose(wider.kernel[:8], found.kernel, atol=1e-5)
+    assert np.abs(wider.kernel[8:]).max() < 1e-9
+    nothing = fit_logistic(np.full((len(labels), 3), 7.0), labels, 4, 10.0)
+    assert not nothing.kernel.any()
+    shares = np.bincount(labels, minlength=4) / len(labels)
+    odds = np.exp(nothing.bias - nothing.bias.max())
+    np.testing.assert_allclose(odds / odds.sum(), shares, atol=1e-5)
 
 
 def test_logistic_regression_chooses_its_strength(clusters):

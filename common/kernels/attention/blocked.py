@@ -2,7 +2,7 @@
 
 A tile is a block of queries by a block of keys. For each block of queries the loop over blocks of
 keys runs only from the first to the last one that its window touches. Where that leaves out little,
-a tile has all of the keys: its scores are used again and again, however many there are.
+a tile has all of the keys: what it takes to hold its scores is used again by the next.
 """
 
 from typing import NamedTuple
@@ -19,6 +19,8 @@ from common.kernels.attention.options import Options, both, in_window, same_segm
 _Segments = tuple[jax.Array, jax.Array]
 # As measured on a CPU.
 _WORTH_SKIPPING, _STRIP = 0.7, 256
+# Of more keys a strip's scores would take too much memory.
+_MOST_KEYS = 8192
 
 
 class _Operands(NamedTuple):
@@ -34,12 +36,12 @@ class _Operands(NamedTuple):
 def tiling(options: Options, queries: int, keys: int, offset: jax.Array | None = None) -> Cut:
     """Cuts into square tiles of 128, or of 256 where a query sees 2048 keys and more.
 
-    Where they would skip less than three tenths of the pairs, the queries are cut into equal parts
-    of at most 256, each with all of the keys.
+    Where they would skip less than three tenths of the pairs of at most 8192 keys, the queries are
+    cut into equal parts of at most 256, each with all of the keys.
     """
     block = 256 if options.seen(keys) >= 2048 else 128
     square = Cut(options, block, block, queries, keys, start(queries, keys, None))
-    if square.work() <= _WORTH_SKIPPING:
+    if square.work() <= _WORTH_SKIPPING or keys > _MOST_KEYS:
         return square._replace(offset=start(queries, keys, offset))
     part = -(-queries // -(-queries // _STRIP))
     return Cut(options, part, keys, queries, keys, start(queries, keys, offset))

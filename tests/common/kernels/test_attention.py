@@ -206,6 +206,8 @@ def test_strips_hold_all_keys_and_divide_the_queries_evenly():
     assert tiles.blocks == (6, 1)
     square = blocked.tiling(Options(1.0, None, 100, 100), 1370, 1370)
     assert (square.block_q, square.block_k) == (128, 128)
+    long = blocked.tiling(Options(1.0, None, None, None), 9000, 9000)
+    assert (long.block_q, long.block_k) == (256, 256), "a strip's scores would be too many"
 
 
 @pytest.mark.parametrize(

@@ -34,3 +34,19 @@ def test_written_out_or_in_a_loop(policy, depth):
     assert ("stablehlo.while" in written.as_text()) == (depth > _MOST_WRITTEN_OUT)
     for have, want in zip(written.compile()(layers(depth)), looped.compile()(layers(depth))):
         np.testing.assert_allclose(have, want, rtol=1e-5, atol=1e-6)
+
+
+def test_the_bound_counts_blocks():
+    def body(x, w):
+        return x @ w, None
+
+    def lowered(blocks: int) -> str:
+        return (
+            jax.jit(lambda w: scan_layers(body, np.eye(8), w, blocks=blocks))
+            .lower(layers(3))
+            .as_text()
+        )
+
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
+        assert "stablehlo.while" not in lowered(_MOST_WRITTEN_OUT // 3)
+        assert "stablehlo.while" in lowered(_MOST_WRITTEN_OUT // 3 + 1)
