@@ -11,8 +11,8 @@ import numpy as np
 
 from curation.assignment import Precision
 from curation.device_rows import DeviceRows
+from curation.greedy_seeding import greedy_plus_plus
 from curation.lloyd import assign_rows
-from curation.seeding import greedy_plus_plus
 
 ROUNDS = 5
 _CHUNK = 1 << 24  # rows drawn from together

@@ -8,9 +8,9 @@ import curation
 from common.errors import UserError
 from common.sharding import make_mesh
 from curation import hierarchy as module
+from curation.greedy_seeding import greedy_plus_plus
 from curation.hierarchy import HierarchyConfig, resample
 from curation.lloyd import Assignment
-from curation.seeding import greedy_plus_plus
 
 
 def mixture(rows=1500, width=3, seed=0):
