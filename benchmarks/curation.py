@@ -164,7 +164,9 @@ def _optional(x: np.ndarray, start: np.ndarray, iterations: int) -> Contenders:
     return contenders
 
 
-def _faiss(x: np.ndarray, clusters: int, iterations: int, start: np.ndarray | None) -> float:
+def _faiss(
+    x: np.ndarray, clusters: int, iterations: int, start: np.ndarray | None, **options: int
+) -> float:
     import faiss
 
     model = faiss.Kmeans(
@@ -173,6 +175,7 @@ def _faiss(x: np.ndarray, clusters: int, iterations: int, start: np.ndarray | No
         niter=iterations,
         max_points_per_centroid=len(x),  # By default it looks at 256 rows a cluster.
         min_points_per_centroid=1,
+        **options,
     )
     model.train(x, init_centroids=start)
     distances, _ = model.index.search(x, 1)
@@ -197,6 +200,12 @@ def _from_nothing(x: np.ndarray, clusters: int, iterations: int) -> Contenders:
     }
     if importlib.util.find_spec("faiss") is not None:
         contenders["faiss Kmeans (random rows)"] = lambda: _faiss(x, clusters, iterations, None)
+        import faiss
+
+        if (init := getattr(faiss, "ClusteringInitMethod_KMEANS_PLUS_PLUS", None)) is not None:
+            contenders["faiss Kmeans (k-means++)"] = lambda: _faiss(
+                x, clusters, iterations, None, init_method=init
+            )
     return contenders
 
 

@@ -21,8 +21,8 @@ from curation.device_rows import rounded_blocks
 
 _BLOCK = 1024
 _STEPS = 256  # between two looks at the time
-_SEEDS_A_DRAW = 16
-_MOST_DISTANCES = 2**24  # held at a time, where one seed's candidates need no more
+_SEEDS_A_DRAW = 8
+_MOST_DISTANCES = 2**23  # held at a time, where one seed's candidates need no more
 # A row nearer than this part of its squared norm is taken for the seed itself: the error of a
 # product in float32. Narrow rows are subtracted instead, without any.
 _NOTHING = 1e-6
@@ -145,7 +145,7 @@ def _steps(
         def choose(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             seed, chosen, nearest, places, _ = state
             nearer = jnp.minimum(apart[places], nearest)
-            left = jnp.sum((weights * nearer).reshape(candidates, -1, _BLOCK), axis=2).sum(axis=1)
+            left = _total(nearer, weights)
             best = places[jnp.argmin(left)]
             nearest = jnp.minimum(apart[best], nearest)
             return (
@@ -161,6 +161,17 @@ def _steps(
 
     state = (jnp.asarray(start, jnp.int32), chosen, nearest)
     return lax.while_loop(lambda state: state[0] < stop, draw, state)[1:]
+
+
+def _total(values: jax.Array, weights: jax.Array) -> jax.Array:
+    """`values [count, M]`, `weights [M]` -> their sums `[count]`, block by block."""
+    by_block = jnp.einsum(
+        "cbm,bm->cb",
+        values.reshape(len(values), -1, _BLOCK),
+        weights.reshape(-1, _BLOCK),
+        precision=lax.Precision.HIGHEST,
+    )
+    return jnp.sum(by_block, axis=1)
 
 
 def _draw(key: jax.Array, part: jax.Array, count: int) -> jax.Array:
