@@ -16,13 +16,11 @@ import argparse
 import dataclasses
 import importlib.util
 import itertools
-import json
 import os
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -238,8 +236,6 @@ def _write(flags: argparse.Namespace, results: list[Result], ours: Tenfold) -> P
 
     from benchmarks.peers.dino_transformers import Transformers
 
-    flags.output.mkdir(parents=True, exist_ok=True)
-    machine = harness.describe_machine()
     where = "cuda" if torch.cuda.is_available() else "cpu"
     notes = [
         f"Tenfold: {ours.describe()}; {ours.compile_seconds:.0f} s compiling in all, not counted",
@@ -256,24 +252,22 @@ def _write(flags: argparse.Namespace, results: list[Result], ours: Tenfold) -> P
         f"goals: {GOALS['features']} × for features, {GOALS['train']} × for training; ✗ marks a "
         "ratio below",
     ]
-    lines = ["# DINOv2: features, training", ""]
-    lines += [f"- {key}: {value}" for key, value in machine.items()]
-    lines += [f"- {note}" for note in notes]
-    lines += ["", f"| {' | '.join(_HEADS)} |", "|---|---|---|---|" + "---:|" * (len(_HEADS) - 4)]
-    lines += [f"| {' | '.join(_row(result))} |" for result in results]
-    reading = flags.output / f"{flags.name}.reading.md"
-    if reading.is_file():
-        lines += ["", reading.read_text().rstrip()]
-    path = flags.output / f"{flags.name}.md"
-    path.write_text("\n".join(lines) + "\n")
-    record: dict[str, Any] = {
-        "machine": machine,
-        "backend": jax.default_backend(),
-        "notes": notes,
-        "results": [dataclasses.asdict(result) for result in results],
-    }
-    path.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
-    return path
+    return harness.write_page(
+        flags.output,
+        flags.name,
+        "DINOv2: features, training",
+        notes,
+        [
+            "",
+            f"| {' | '.join(_HEADS)} |",
+            "|---|---|---|---|" + "---:|" * (len(_HEADS) - 4),
+            *(f"| {' | '.join(_row(result))} |" for result in results),
+        ],
+        {
+            "backend": jax.default_backend(),
+            "results": [dataclasses.asdict(result) for result in results],
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -227,22 +227,39 @@ def write_report(
     notes: Sequence[str] = (),
     directory: Path = RESULTS,
 ) -> Path:
-    """Writes `<name>.md` and `<name>.json`; returns the path of the former."""
+    """Writes timed sections as a page; see `write_page`."""
+    lines = [line for section in sections for line in ("", *markdown(section))]
+    record = {"title": title, "sections": [dataclasses.asdict(section) for section in sections]}
+    return write_page(directory, name, title, notes, lines, record)
+
+
+def write_page(
+    directory: Path,
+    name: str,
+    title: str,
+    notes: Sequence[str],
+    lines: Sequence[str],
+    record: Mapping[str, Any],
+) -> Path:
+    """Writes `<name>.md` and `<name>.json`; returns the path of the former.
+
+    Args:
+      directory: made if need be. What somebody wrote there as `<name>.reading.md` ends the page.
+      name, title: of the page.
+      notes: points under those of the machine.
+      lines: the tables.
+      record: what besides machine and notes goes into the JSON file.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     machine = describe_machine()
-    lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in machine.items())]
-    lines += [f"- {note}" for note in notes]
-    for section in sections:
-        lines += ["", *markdown(section)]
+    head = [f"# {title}", "", *(f"- {key}: {value}" for key, value in machine.items())]
+    head += [f"- {note}" for note in notes]
+    reading = directory / f"{name}.reading.md"
+    tail = ["", reading.read_text().rstrip()] if reading.is_file() else []
     path = directory / f"{name}.md"
-    path.write_text("\n".join(lines) + "\n")
-    record = {
-        "title": title,
-        "machine": machine,
-        "notes": list(notes),
-        "sections": [dataclasses.asdict(section) for section in sections],
-    }
-    path.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+    path.write_text("\n".join([*head, *lines, *tail]) + "\n")
+    whole = {"machine": machine, "notes": list(notes), **record}
+    path.with_suffix(".json").write_text(json.dumps(whole, indent=2) + "\n")
     return path
 
 

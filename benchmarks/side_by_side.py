@@ -7,11 +7,9 @@ all of them have, the turns, and the table in `results/`.
 import argparse
 import dataclasses
 import itertools
-import json
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -202,27 +200,22 @@ def _goals(benchmark: Benchmark) -> str:
 def _write(
     benchmark: Benchmark, flags: argparse.Namespace, results: list[Result], notes: list[str]
 ) -> Path:
-    flags.output.mkdir(parents=True, exist_ok=True)
-    machine = harness.describe_machine()
-    path = flags.output / f"{flags.name}.md"
-    lines = [f"# {benchmark.title}", ""]
-    lines += [f"- {key}: {value}" for key, value in machine.items()]
-    lines += [f"- {note}" for note in notes]
-    lines += [f"- goals: {_goals(benchmark)}; ✗ marks a ratio below", ""]
     heads = ["task", "compute", "[rows, tokens]", "ours ms", "ours tokens/s"]
     for name in benchmark.goals:
         heads += [f"{name} tokens/s", f"ours × {name}"]
-    lines += [f"| {' | '.join(heads)} |", "|---|---|---|" + "---:|" * (len(heads) - 3)]
-    lines += [f"| {' | '.join(_row(benchmark, result))} |" for result in results]
-    reading = flags.output / f"{flags.name}.reading.md"
-    if reading.is_file():
-        lines += ["", reading.read_text().rstrip()]
-    path.write_text("\n".join(lines) + "\n")
-    record: dict[str, Any] = {
-        "machine": machine,
-        "backend": jax.default_backend(),
-        "notes": notes,
-        "results": [dataclasses.asdict(result) for result in results],
-    }
-    path.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
-    return path
+    return harness.write_page(
+        flags.output,
+        flags.name,
+        benchmark.title,
+        [*notes, f"goals: {_goals(benchmark)}; ✗ marks a ratio below"],
+        [
+            "",
+            f"| {' | '.join(heads)} |",
+            "|---|---|---|" + "---:|" * (len(heads) - 3),
+            *(f"| {' | '.join(_row(benchmark, result))} |" for result in results),
+        ],
+        {
+            "backend": jax.default_backend(),
+            "results": [dataclasses.asdict(result) for result in results],
+        },
+    )
