@@ -17,6 +17,8 @@ STRENGTHS = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))
 HELDOUT = 0.1  # Of the training examples, to choose the strength by.
 _ITERATIONS = 1000
 _TOLERANCE = 1e-12
+# Enough to compare strengths by what they get right, for half of the iterations.
+_SEARCH_TOLERANCE = 1e-8
 # So many strengths in a row that score worse than the best end the search: two and a half powers of
 # ten. The weaker a penalty, the more iterations it takes: most of all where it helps nothing.
 _PATIENCE = 10
@@ -84,8 +86,15 @@ class _Rows:
             self._x = jnp.asarray(x) @ jnp.asarray(self._axes)
             self._y = jnp.asarray(np.asarray(labels, np.int32))
 
-    def fit(self, strength: float, *, start: Logistic | None, iterations: int) -> Logistic:
-        """As `fit_logistic`."""
+    def fit(
+        self,
+        strength: float,
+        *,
+        start: Logistic | None,
+        iterations: int,
+        tolerance: float = _TOLERANCE,
+    ) -> Logistic:
+        """As `fit_logistic`, until a step changes the objective by less than that part of it."""
         # Divided by strength × N, so that tolerances mean the same for every strength.
         penalty = 1.0 / (strength * self._count)
         # Of the cross-entropy at equal odds the curvature along an axis, and the penalty's.
@@ -107,8 +116,8 @@ class _Rows:
                 method="L-BFGS-B",
                 options={
                     "maxiter": iterations,
-                    "ftol": _TOLERANCE,
-                    "gtol": _TOLERANCE,
+                    "ftol": tolerance,
+                    "gtol": tolerance,
                     "maxls": 50,
                 },
             )
@@ -178,7 +187,9 @@ def logistic_predict(
     fitted: Logistic | None = None
     best, start, worse = 0.0, None, 0  # The strength with the best score, and its classifier.
     for strength in tqdm(sorted(strengths), desc="logistic", unit="fit", disable=None):
-        fitted = rows.fit(strength, start=fitted, iterations=iterations)
+        fitted = rows.fit(
+            strength, start=fitted, iterations=iterations, tolerance=_SEARCH_TOLERANCE
+        )
         scores[strength] = metric(fitted.predict(train[heldout]), labels[heldout])
         if start is None or scores[strength] > scores[best]:
             best, start = strength, fitted
