@@ -7,13 +7,14 @@ import math
 import numpy as np
 import pytest
 
+from curation import greedy_seeding
 from curation.checkpointing import Checkpoints
-from curation.greedy_seeding import greedy_plus_plus
+from curation.greedy_seeding import candidates_of, greedy_plus_plus
 
 
 def _exact_distribution(x: np.ndarray, weights: np.ndarray, k: int) -> dict[tuple[int, ...], float]:
     """Probability of each sequence of seeds, by going through all draws of all steps."""
-    candidates = 2 + int(math.log(k))
+    candidates = candidates_of(k)
     apart = np.square(x[:, None] - x[None]).sum(axis=2)
     states = {(i,): float(p) for i, p in enumerate(weights / weights.sum()) if p}
     for _ in range(1, k):
@@ -29,7 +30,9 @@ def _exact_distribution(x: np.ndarray, weights: np.ndarray, k: int) -> dict[tupl
     return dict(states)
 
 
-def test_seeds_are_distributed_as_the_sequential_method_has_them() -> None:
+def test_seeds_are_distributed_as_the_sequential_method_has_them(monkeypatch) -> None:
+    # Of 16 candidates there would be too many draws to go through.
+    monkeypatch.setattr(greedy_seeding, "_FEW", 0)
     x = np.asarray([[0.0, 0.0], [1.0, 0.2], [1.3, 2.0], [3.0, 1.0], [4.0, 3.5]], np.float32)
     weights = np.asarray([1.0, 3.0, 1.0, 2.0, 1.0], np.float32)
     draws = 2000
@@ -50,7 +53,7 @@ def test_seeds_leave_as_little_as_the_sequential_methods(width: int) -> None:
     rng = np.random.default_rng(width)
     centres = rng.normal(size=(60, width)) * 6
     x = (centres[rng.integers(60, size=3000)] + rng.normal(size=(3000, width))).astype(np.float32)
-    k, candidates = 150, 2 + int(math.log(150))
+    k, candidates = 150, candidates_of(150)
 
     def potential(seeds: np.ndarray) -> float:
         return float(np.square(x[:, None] - x[seeds][None]).sum(axis=2).min(axis=1).sum())
