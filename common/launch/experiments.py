@@ -1,6 +1,7 @@
 """What `reproduce` launchers are made of: trainings and measurements that are never done twice."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import numpy as np
 from flax import nnx
 
 from common.checkpoint.store import load_params
-from common.launch.workdir import write_atomically
+from common.launch.report import Results
+from common.launch.workdir import RunFolder, write_atomically
 from common.train import ModelParts, Task, TrainConfig, Trainer, TrainResult
 from common.train.evaluate import EvalSets
 from common.train.task import PureDict
@@ -79,3 +81,45 @@ def measured(folder: Path, name: str, measure: Callable[[], Any]) -> Any:
     else:
         print(f"{name}: measured before, see {path}", flush=True)
     return json.loads(path.read_text())
+
+
+def conduct(
+    config: Any,
+    workdir: Path,
+    measure: Callable[[RunFolder], dict[str, Any]],
+    conclude: Callable[[dict[str, Any]], Results],
+    write: Callable[[Path, Results], Path],
+    headline: Callable[[Results], str],
+) -> Results | None:
+    """Measures in a run's folder, decides which outcomes came out, writes the report, tells.
+
+    Args:
+      config: kept in the folder.
+      workdir: the folder.
+      measure: returns what was found, by experiment; see `measured`.
+      conclude: makes results of that.
+      write: writes the report's folder and returns its page.
+      headline: what came out, in half a sentence that follows how many outcomes did.
+
+    Returns:
+      The results; None if a signal stopped a training, which the same command resumes.
+
+    Raises:
+      UserError: the configuration or the folder does not fit. What was there stays.
+    """
+    folder = RunFolder(workdir)
+    folder.open(config)
+    start = time.perf_counter()
+    try:
+        found = measure(folder)
+    except Stopped:
+        return None
+    finally:
+        folder.close()
+    results = conclude(found)
+    page = write(folder.report, results)
+    holds = results.holds.values()
+    print(f"\n{results.claim}\n\n{results.setting}\n\n{results.summary()}\n")
+    print(f"{time.perf_counter() - start:.0f} s; report: {page}")
+    print(f"{sum(holds)} of {len(holds)} expected outcomes came out; {headline(results)}")
+    return results
