@@ -120,8 +120,8 @@ def cpu() -> DistillationConfig:
     """A quarter of `dino.train`'s cpu model learns from it, on letters in many fonts.
 
     `python -m dino.distill --config=cpu --workdir=runs/dino-distilled --set
-    teacher.checkpoint=runs/dino-cpu`; 2 CPU cores, minutes. Without a checkpoint the teacher is
-    trained first.
+    teacher.checkpoint=runs/dino-cpu`; 2 CPU cores, a quarter of an hour at most. Without a
+    checkpoint the teacher is trained first.
     """
     config = presets.cpu()
     shape = {"width": 32, "num_layers": 2, "num_heads": 2}
