@@ -172,8 +172,8 @@ def smoke() -> ReproduceConfig:
 def cpu() -> ReproduceConfig:
     """Three seeds of the plane, five of the concepts, and six trainings of a small DINO.
 
-    `python -m curation.reproduce --config=cpu --workdir=runs/curation-cpu`; 16 minutes on 2 CPU
-    cores, 12 of 14 outcomes as expected.
+    `python -m curation.reproduce --config=cpu --workdir=runs/curation-cpu`; 11 minutes on 2 CPU
+    cores, 13 of 14 outcomes as expected.
     """
     return ReproduceConfig(
         plane=PlaneConfig(seeds=(0, 1, 2)),
