@@ -64,9 +64,8 @@ def _headline(results: Results) -> str:
     memory, speed = results.measured["memory"], results.measured["speed"]
     kept, seconds = memory["bytes"], speed["decode_seconds"]
     return (
-        "at a context of "
-        f"{speed['contexts'][-1]:,} Griffin keeps {kept[GRIFFIN][-1] / kept[ATTENTION][-1]:.1%} of "
-        "full attention's bytes and decodes "
+        f"at a context of {speed['contexts'][-1]:,} Griffin keeps "
+        f"{kept[GRIFFIN][-1] / kept[ATTENTION][-1]:.1%} of full attention's bytes and decodes "
         f"{seconds[ATTENTION][-1] / seconds[GRIFFIN][-1]:.1f} times as fast"
     )
 
